@@ -1,0 +1,785 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "numpy", "pillow", "scipy", "pytest"]
+# ///
+"""
+Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k slow test_all.py (the default runs). Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
+"""
+import ast, base64, difflib, importlib, io, json, math, os, pickle, re, signal, subprocess, sys, tarfile, time, zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+METHODS = [name for name in ('ct', 'ict', 'ect', 'sct', 'scm', 'tcm') if (HERE / f'{name}.py').exists()]
+SCRIPTS = METHODS + [name for name in ('fid',) if (HERE / f'{name}.py').exists()]
+MODULES = {name: importlib.import_module(name) for name in METHODS}
+ect, tcm = MODULES['ect'], MODULES['tcm']
+
+GOLDEN = HERE.parent / 'shared' / 'golden'
+JPEGS = HERE.parent / 'shared' / 'cifar10-jpeg-10k.zip'
+needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason='needs ../shared/golden, outputs of the official code')
+needs_jpegs = pytest.mark.skipif(not JPEGS.exists(), reason='needs ../shared/cifar10-jpeg-10k.zip')
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+slow = pytest.mark.skipif('slow' not in sys.argv, reason='takes many minutes: pytest -k slow test_all.py')
+every_method = pytest.mark.parametrize('name', METHODS)
+
+METHOD_NAMES = {'CONFIG', 'PRESET', 'f', 'Loss', 'sample'}      # the only names whose text may differ between scripts
+TINY = '--ch 8 --mult 1,2 --blocks 1 --attn 4 --batch 8 --log_every 2 --dropout 0 --lr 1e-3 --lr_warmup 1e-3'.split()
+PHASES = {'ect': ['--warmup', '4'], 'tcm': ['--warmup', '3', '--stage1', '3', '--lr_stage1', '1e-3']}
+
+
+# ------------------------------------------------------------------------------------------------------- tools
+
+def pictures(n=40, side=8, seed=0):
+    """n smooth random images, uint8 (n, side, side, 3)"""
+    small = np.random.default_rng(seed).integers(0, 256, (n, 2, 2, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(a).resize((side, side), Image.BILINEAR)) for a in small])
+
+
+@pytest.fixture(scope='session')
+def npz(tmp_path_factory):
+    path = tmp_path_factory.mktemp('data') / 'small.npz'
+    np.savez(path, images=pictures(), labels=np.arange(40) % 4)
+    return str(path)
+
+
+def run(name, *argv, env=None, timeout=300):
+    """The script as a user starts it -> CompletedProcess"""
+    return subprocess.run([sys.executable, HERE / f'{name}.py', *map(str, argv)], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}, timeout=timeout)
+
+
+def go(name, *argv):
+    """The script's main in this process; returns the checkpoint it left."""
+    argv = list(map(str, argv))
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: MODULES[name].main(argv)
+    finally: [signal.signal(s, h) for s, h in handlers.items()]
+    return torch.load(Path(argv[argv.index('--out') + 1]) / 'latest.pt', weights_only=True)
+
+
+def fails(capfd, code, name, *argv):
+    """The script's main ends with the exit code and one line on stderr, which is returned."""
+    with pytest.raises(SystemExit) as end: MODULES[name].main(list(map(str, argv)))
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert end.value.code == code and len(lines) == 1, (end.value.code, lines)
+    return lines[0]
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for key in a: torch.testing.assert_close(a[key], b[key], msg=lambda m: f'{key}: {m}', **tolerance)
+
+
+def config(name, *argv): return MODULES[name].config(['--out', '/nowhere/run', *map(str, argv)])
+
+
+def toy(a=0.7, s=1.5, axis=3): return lambda x, c_noise, labels=None: a * torch.tanh(s * x) + 0.1 * x.flip(axis)
+
+
+class Toy(torch.nn.Module):
+    def __init__(self, a, s, axis):
+        super().__init__()
+        self.a, self.s, self.axis = torch.nn.Parameter(torch.tensor(a)), s, axis
+
+    def forward(self, x, c_noise, labels=None): return self.a * torch.tanh(self.s * x) + 0.1 * x.flip(self.axis)
+
+
+# ------------------------------------------------------------------------------------------------------ family
+
+def pieces(name):
+    """{top-level name: its source text}"""
+    source, found = (HERE / f'{name}.py').read_text(), {}
+    for node in ast.parse(source).body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else \
+            [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
+        found |= {n: ast.get_source_segment(source, node) for n in names}
+    return found
+
+
+def test_a_name_that_two_methods_share_has_the_same_text_and_place():
+    texts, order = {}, {}
+    for name in METHODS:
+        shared = pieces(name)
+        for n, text in shared.items():
+            assert n in METHOD_NAMES or texts.setdefault(n, text) == text, f'{n} in {name}.py has drifted'
+        order[name] = list(shared)
+    for a in METHODS:
+        for b in METHODS:
+            assert [n for n in order[a] if n in order[b]] == [n for n in order[b] if n in order[a]], f'order of {a}, {b}'
+
+
+def test_scripts_import_the_standard_library_and_four_packages():
+    for name in SCRIPTS:
+        for node in ast.walk(ast.parse((HERE / f'{name}.py').read_text())):
+            roots = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            for root in (r.split('.')[0] for r in roots):
+                assert root in sys.stdlib_module_names | {'torch', 'numpy', 'PIL', 'scipy'}, (name, root)
+
+
+@every_method
+def test_every_knob_is_used_and_explained(name, capsys):
+    source, module = (HERE / f'{name}.py').read_text(), MODULES[name]
+    body = source[source.index('\nMETHOD ='):]
+    with pytest.raises(SystemExit) as end: module.main(['--help'])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for knob in module.CONFIG | module.FLAGS:
+        assert re.search(rf'cfg\.{knob}\b|\'{knob}\'', body), f'--{knob} of {name}.py is not used'
+        assert f'--{knob}' in text
+    for preset in module.PRESET.values(): assert set(preset) <= set(module.CONFIG)
+
+
+def test_what_a_reader_sees_side_by_side():
+    for a, b in (('ct', 'ict'), ('ict', 'ect'), ('ect', 'sct'), ('ect', 'scm'), ('ect', 'tcm')):
+        if not {a, b} <= set(METHODS): continue
+        diff = list(difflib.unified_diff(*((HERE / f'{n}.py').read_text().splitlines() for n in (a, b)), n=0))
+        changed = sum(line[0] in '+-' for line in diff) - 2
+        print(f'{a}.py -> {b}.py: {changed} changed lines')
+        assert 0 < changed < 250
+
+
+# -------------------------------------------------------------------------------------------------- identities
+
+@every_method
+def test_f_is_the_identity_where_there_is_no_noise(name):
+    x = torch.randn(3, 3, 8, 8)
+    start = {'ct': 0.002, 'ict': 0.002}.get(name, 0.0)
+    if name != 'scm': x_0 = MODULES[name].f(lambda x, c, y=None: torch.ones_like(x), x, torch.full((3,), start))
+    else: x_0 = MODULES[name].f(lambda x, c, y=None: torch.ones_like(x), x, torch.zeros(3))
+    torch.testing.assert_close(x_0, x, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', ['ect', 'tcm'])
+def test_f_is_edms_preconditioning(name):
+    x, t = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0.002, 0.5, 3.0, 80.0], dtype=torch.float64)
+    seen = {}
+
+    def net(x, c_noise, labels=None):
+        seen.update(std=x.std(), c_noise=c_noise)
+        return x.flip(2)
+
+    for shape in ((4,), (4, 1, 1, 1)):
+        out = MODULES[name].f(net, x, t.view(shape))
+        for i, s in enumerate(t.tolist()):
+            root = math.sqrt(s * s + 0.25)
+            torch.testing.assert_close(out[i], 0.25 / root**2 * x[i] + 0.5 * s / root * (x[i] / root).flip(1))
+        torch.testing.assert_close(seen['c_noise'], t.log() / 4)
+
+
+def test_ect_maps_t_to_r_as_tabulated():
+    """The official mapping's values: rows are stages, columns t = .01, .1, 1, 10, 80."""
+    table = {(2, 0): [0, 0, 0, 4.99818409, 40], (2, 1): [0, 0, .212117157, 7.49909204, 60],
+             (2, 2): [.00377499979, .0399979187, .606058579, 8.74954602, 70],
+             (2, 7): [.00980546874, .098124935, .987689331, 9.96092331, 79.6875],
+             (256, 0): [.00980546874, .098124935, .987689331, 9.96092331, 79.6875]}
+    normal = (torch.tensor([.01, .1, 1, 10, 80], dtype=torch.float64).log() + 1.1) / 2
+    for (q, stage), r in table.items():
+        cfg = config('ect', '--data', 'cifar10', '--q', q)
+        loss = ect.Loss(toy(), cfg, None)
+        for step in (stage * cfg.d, (stage + 1) * cfg.d - 1):
+            torch.testing.assert_close(loss.levels(torch.special.ndtr(normal), step)[1], torch.tensor(r).double(), rtol=1e-6, atol=1e-9)
+
+
+def test_tcm_maps_t_to_r_as_tabulated():
+    """t = .01, .1, 1, 10, 79; from stage 9 the ratio is at its limit."""
+    t = torch.tensor([.01, .1, 1, 10, 79], dtype=torch.float64)
+    n = 1 + 8 / (1 + np.exp(t.numpy()))
+    loss = tcm.Loss(toy(), config('tcm', '--data', 'cifar10'), None)
+    low, high = stats.norm.cdf([(math.log(s) + 1.1) / 2 for s in (0.002, 80)])
+    u = torch.from_numpy((stats.norm.cdf((t.log() + 1.1) / 2) - low) / (high - low))
+    for a, ratio in ((0, .5), (1, .75), (2, .875), (8, 1 - 2**-9), (9, .999)):
+        got_t, r = loss.levels(u, a * 25_000)
+        torch.testing.assert_close(got_t, t, rtol=1e-9, atol=0)
+        torch.testing.assert_close(r, torch.from_numpy(np.maximum(t.numpy() * (1 - (1 - ratio) * n), 1e-6)), rtol=1e-7, atol=1e-12)
+
+
+@every_method
+def test_r_is_below_t_and_never_falls_from_stage_to_stage(name):
+    if name == 'scm': pytest.skip('continuous time has no r')
+    cfg = config(name)
+    loss, u, before = MODULES[name].Loss(toy(), cfg, None), torch.linspace(0.001, 0.999, 999), None
+    for step in range(cfg.warmup, cfg.warmup + getattr(cfg, 'stage1', 10**9 if name == 'ect' else cfg.steps), getattr(cfg, 'd', 100)):
+        t, r = loss.levels(u, step)
+        assert (r < t).all() and (r >= 0).all()
+        if name in ('ect', 'tcm'):
+            assert before is None or (r >= before).all()
+            before = r
+            if step > cfg.warmup + 12 * cfg.d: break
+
+
+def test_ect_draws_the_lognormal():
+    loss, u = ect.Loss(toy(), config('ect', '--data', 'cifar10'), None), torch.linspace(0.0001, 0.9999, 2001).double()
+    t = loss.levels(u, 0)[0]
+    np.testing.assert_allclose(stats.norm(-1.1, 2.0).cdf(t.log()), u, atol=1e-9)
+    assert t.max() > 80                 # not truncated
+
+
+def test_tcm_draws_truncated_laws_and_boundary_samples():
+    cfg = config('tcm', '--data', 'cifar10')
+    loss, u = tcm.Loss(toy(), cfg, None), (torch.arange(4000).double() + 0.5) / 4000
+    t = loss.levels(u, 0)[0]
+    law = stats.truncnorm((math.log(0.002) + 1.1) / 2, (math.log(80) + 1.1) / 2, -1.1, 2.0)
+    np.testing.assert_allclose(law.cdf(t.log()), u, atol=1e-8)
+    t, r = loss.levels(u, cfg.stage1)
+    assert (t[:1000] == 1).all() and (t[1000:] >= 1).all() and (t <= 80).all() and (t[1000:] == 1).sum() <= 1
+    student = stats.t(0.01, 0, 0.2)
+    low, high = student.cdf([0, math.log(80)])
+    np.testing.assert_allclose((student.cdf(t[1000:].log()) - low) / (high - low), (u[1000:] - .25) / .75, atol=1e-7)
+    # quantiles of the official code's draw
+    np.testing.assert_allclose(np.quantile(t[1000:], [.05, .25, .5, .75, .95]), [1.00604, 1.04298, 1.22115, 2.52355, 24.6497], rtol=5e-3)
+    assert (r[:1000] < 1).all() and abs(float(t[r >= 1].min()) - 1.0031566) < 2e-4
+
+
+def test_stages_of_tcm_follow_each_other():
+    cfg = config('tcm', '--data', 'cifar10', '--init', 'none', '--warmup', 10, '--stage1', 20, '--steps', 60)
+    loss = tcm.Loss(toy(), cfg, None)
+    assert [loss.phase(s) for s in (0, 9, 10, 29, 30)] == [('diffusion', 0, 5e-4, 512), ('diffusion', 0, 5e-4, 512),
+        ('stage 1', 10, 1e-4, 512), ('stage 1', 10, 1e-4, 512), ('stage 2', 30, 5e-5, 1024)]
+    cfg = config('tcm', '--data', 'imagenet64', '--warmup', 0)
+    loss = tcm.Loss(toy(), cfg, None)
+    assert loss.phase(0)[2:] == (1e-3, 2048) and loss.phase(8000)[2] == 5e-4
+    assert abs(loss.phase(cfg.stage1 + 78_000)[2] - 5e-4 / 4) < 1e-12           # lr decay counts on over both stages
+    (_, decay), = loss.averages(None, 999)
+    assert abs(decay - .982181667) < 1e-8                                       # power-function EMA at step 1000
+
+
+# ----------------------------------------------------------------------------------------------------- oracles
+
+@needs_golden
+@pytest.mark.parametrize('arch', ['ddpmpp', 'ncsnpp'])
+@every_method
+def test_network_and_pickle_reader_agree_with_edm(name, arch):
+    golden = np.load(GOLDEN / f'edm_{arch}_tiny.npz')
+    x, sigma, D, F = (torch.from_numpy(golden[k]) for k in ('x', 'sigma', 'D', 'F'))
+    net = MODULES[name].load_edm(GOLDEN / f'edm_{arch}_tiny.pkl').eval()
+    s = sigma.view(-1, 1, 1, 1)
+    torch.testing.assert_close(net(x / (s**2 + 0.25).sqrt(), sigma.log() / 4), F, rtol=1e-5, atol=2e-5)
+    if name in ('ect', 'sct', 'tcm'): torch.testing.assert_close(MODULES[name].f(net, x, sigma), D, rtol=1e-5, atol=2e-5)
+
+
+@needs_golden
+def test_ect_loss_agrees_with_the_official_code():
+    golden = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / 'ect_losses.npz').items()}
+    u = torch.special.ndtr(golden['normal'].double())
+    for q, stage in ((2, 0), (2, 1), (2, 3), (2, 7), (256, 0)):
+        for c in (0.0, 0.03):
+            cfg = config('ect', '--data', 'cifar10', '--q', q, '--c', c)
+            loss = ect.Loss(toy(), cfg, None)
+            t, r = loss.levels(u, stage * cfg.d)
+            torch.testing.assert_close(t.float(), golden['ect_t'], rtol=1e-6, atol=0)
+            torch.testing.assert_close(r.float(), golden[f'ect_q{q}_s{stage}_r'], rtol=1e-5, atol=1e-7)
+            value = loss(golden['x'], None, u, golden['eps'], stage * cfg.d)
+            torch.testing.assert_close(value, golden[f'ect_q{q}_s{stage}_c{c}_loss'], rtol=1e-5, atol=0)
+
+
+@needs_golden
+def test_tcm_losses_agree_with_the_official_code():
+    """At the ratio limit two float32 outputs 5e-5 apart are subtracted: there the tolerance is 2e-7 in that distance."""
+    golden = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / 'tcm_losses.npz').items()}
+    student, teacher = toy(0.6, 1.4, 2), toy()
+
+    def check(loss, t, stage, expected):
+        t = t.double()
+        r = (t - t * max(2.0**-(stage + 1), 0.001) * (1 + 8 * torch.sigmoid(-t))).clamp(min=1e-6)
+        value = loss.pair(golden['x'], None, golden['eps'], t, r, stage * 25_000)
+        slack = 2e-7 * loss.weight(t, r, stage * 25_000)
+        assert ((value - expected).abs() <= 1e-5 * expected + slack).all(), value / expected - 1
+
+    for stage in (0, 3, 12):
+        loss = tcm.Loss(teacher, config('tcm', '--data', 'cifar10'), None)
+        check(loss, torch.exp(2 * golden['normal'] - 1.1), stage, golden[f'tcm1_s{stage}_loss'])
+    for stage in (0, 3, 9):
+        for weight, c in (('default', 1e-8), ('cout_sq', 0.06)):
+            flag = {'default': '1/(t-r)', 'cout_sq': '1/c_out^2'}[weight]
+            loss = tcm.Loss(student, config('tcm', '--data', 'cifar10', '--stage1', 0, '--weight', flag, '--c', c), None)
+            loss.teacher, key = teacher, f'tcm_s{stage}_{weight}'
+            t = torch.cat([torch.ones(2), golden[f'{key}_t']])
+            check(loss, t, stage, torch.cat([golden[f'{key}_boundary'], golden[f'{key}_loss']]))
+
+
+def test_ect_loss_by_hand():
+    """Official values for x = sin(.37 i), F(x, c) = .5 tanh x + .1 sin 4c: needs no file. And a scalar re-derivation."""
+    i = np.arange(192)
+    x = torch.from_numpy(np.sin(.37 * i)).float().view(4, 3, 4, 4)
+    g = torch.Generator().manual_seed(0)
+    normal, z = torch.randn(4, 1, 1, 1, generator=g), torch.randn(4, 3, 4, 4, generator=g)
+    net = lambda x, c, y=None: 0.5 * torch.tanh(x) + 0.1 * torch.sin(4 * c).view(-1, 1, 1, 1)
+    u = torch.special.ndtr(normal.double().flatten())
+    for q, stage, c, expected in ((2, 0, 0., [.0774222, 6.787966, 7.51666, 3.612115]), (2, 3, 0., [.04572298, 7.451389, 7.594917, 2.300768]),
+                                  (256, 0, 0., [.04394069, 7.553102, 7.587823, 1.956249]), (2, 3, .06, [.007719982, 6.415124, .6349387, 2.020987])):
+        loss = ect.Loss(net, config('ect', '--data', 'cifar10', '--q', q, '--c', c), None)
+        torch.testing.assert_close(loss(x, None, u, z, stage * 25_000), torch.tensor(expected), rtol=2e-5, atol=0)
+        for b, t in enumerate(torch.exp(2 * normal.flatten().double() - 1.1).tolist()):
+            r, S = max(0, t * (1 - (1 + 8 / (1 + math.exp(t))) / q**(stage + 1))), 0
+            def D(v, s): return (.25 * v + .5 * s * math.sqrt(s * s + .25) * (.5 * math.tanh(v / math.sqrt(s * s + .25)) + .1 * math.sin(math.log(s)))) / (s * s + .25)
+            for v, e in zip(x[b].flatten().tolist(), z[b].flatten().tolist()): S += (D(v + t * e, t) - (D(v + r * e, r) if r else v))**2
+            exact = loss(x.double(), None, u, z.double(), stage * 25_000)[b]
+            assert abs((math.sqrt(S + c * c) - c) / (t - r) / exact - 1) < 1e-9
+    loss = ect.Loss(net, config('ect', '--data', 'imagenet64', '--warmup', 0), None)       # its weight is 1/t^2 + 1/sigma_d^2
+    t = torch.tensor([.3, 2.])
+    torch.testing.assert_close(loss.weight(t, t / 2, 0), 1 / t**2 + 4)
+
+
+def test_warmup_is_edms_loss():
+    cfg = config('ect', '--warmup', 5)
+    for name in ('ect', 'tcm'):
+        loss, x, z = MODULES[name].Loss(toy(), cfg if name == 'ect' else config('tcm', '--warmup', 5), None), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+        u = torch.tensor([0.5, 0.9])
+        t, r = loss.levels(u, 4)
+        torch.testing.assert_close(t, torch.from_numpy(np.exp(-1.2 + 1.2 * stats.norm.ppf(u.double()))))
+        assert (r == 0).all()
+        s = t.float().view(-1, 1, 1, 1)
+        expected = ((s**2 + .25) / (.5 * s)**2 * (MODULES[name].f(toy(), x + s * z, t) - x)**2).mean((1, 2, 3))
+        torch.testing.assert_close(loss(x, None, u, z, 4), expected)
+
+
+@pytest.mark.parametrize('name', ['ect', 'tcm'])
+def test_gradient_flows_through_f_at_t_alone(name):
+    net = Toy(0.6, 1.4, 2).double()
+    loss = MODULES[name].Loss(net, config(name, '--data', 'cifar10', *(['--stage1', 0] if name == 'tcm' else [])), None)
+    g = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(4, 3, 8, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    t, r = torch.tensor([1.2, 2, 5, 70]).double(), torch.tensor([1.1, 1.5, 4, 69]).double()
+    loss.pair(x, None, z, t, r, 0).mean().backward()
+    target, h = MODULES[name].f(net, x + r.view(-1, 1, 1, 1) * z, r).detach(), 1e-6
+
+    def value(a):
+        d = (MODULES[name].f(lambda v, c, y=None: a * torch.tanh(1.4 * v) + 0.1 * v.flip(2), x + t.view(-1, 1, 1, 1) * z, t) - target)
+        return float((d.flatten(1).norm(dim=1) / (t - r)).mean())
+    assert abs(float(net.a.grad) - (value(0.6 + h) - value(0.6 - h)) / 2 / h) < 1e-4
+    assert name == 'ect' or loss.teacher.a.grad is None
+
+
+@pytest.mark.parametrize('name', ['ect', 'tcm'])
+def test_student_and_target_share_dropout_masks(name):
+    """With r = t and equal weights the two outputs cancel only if the masks are the same, for the frozen network too."""
+    cfg = config(name, *TINY, '--res', 8, '--dropout', 0.5, '--warmup', 0, *(['--stage1', 0, '--t_transition', 2] if name == 'tcm' else []))
+    loss = MODULES[name].Loss(MODULES[name].UNet(cfg), cfg, None)
+    for p in loss.net.parameters(): torch.nn.init.normal_(p, std=0.2)
+    if name == 'tcm': loss.begin(loss.net)
+    x, z = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    t = torch.tensor([1.0, 1.5, 3, 60])
+    apart = loss.pair(x, None, z, t, t * 0.999, 10**6)
+    near = loss.pair(x, None, z, t, t * (1 - 1e-6), 10**6)
+    assert ((near * 1e-6) < 1e-3 * (1 + apart)).all()
+    loss.net.eval()                     # without dropout the student differs from a teacher that keeps it
+    if name == 'tcm': assert (loss.pair(x, None, z, t, t * (1 - 1e-6), 10**6) * 1e-6)[:2].min() > 1e-2
+
+
+def test_tcm_weighs_the_two_means_as_the_paper():
+    """Stratified u: the mean of the objective is the mean of ordinary samples + w_boundary times that of boundary samples."""
+    cfg = config('tcm', '--data', 'cifar10', '--stage1', 0)
+    loss, u = tcm.Loss(toy(0.6, 1.4, 2), cfg, None), (torch.arange(64) + 0.5) / 64
+    loss.teacher = toy()
+    x, z = torch.randn(64, 3, 8, 8), torch.randn(64, 3, 8, 8)
+    t, r = loss.levels(u, 0)
+    each = loss.pair(x, None, z, t, r, 0)
+    torch.testing.assert_close(loss(x, None, u, z, 0).mean(), each[16:].mean() + 0.1 * each[:16].mean())
+    loss.teacher = toy(0.0)             # only targets with r < t' come from it
+    changed = loss.pair(x, None, z, t, r, 0) != each
+    assert (changed == (r < 1)).all() and changed.sum() > 16
+
+
+def test_network_of_the_papers_has_55732739_weights():
+    for name in METHODS:
+        if name in ('ect', 'sct', 'tcm'):
+            with torch.device('meta'): net = MODULES[name].UNet(config(name, '--data', 'cifar10'))
+            assert sum(p.numel() for p in net.parameters()) == 55_732_739
+
+
+def random_net(name, *argv):
+    cfg = config(name, *TINY, '--res', 8, *argv)
+    net = MODULES[name].UNet(cfg).double().eval()
+    g = torch.Generator().manual_seed(0)
+    for p in net.parameters(): p.data = torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.3
+    return net
+
+
+@pytest.mark.parametrize('arch', ['ddpmpp', 'ncsnpp'])
+def test_network_has_a_forward_mode_derivative(arch):
+    net = random_net('ect', '--arch', arch, '--cond', 1, '--classes', 3, '--head_dim', 8)
+    x, t, v, w, y = torch.randn(2, 3, 8, 8).double(), torch.rand(2).double(), torch.randn(2, 3, 8, 8).double(), torch.randn(2).double(), torch.tensor([0, 2])
+    _, tangent = torch.func.jvp(lambda x, t: net(x, t, y), (x, t), (v, w))
+    h = 1e-5
+    torch.testing.assert_close(tangent, (net(x + h * v, t + h * w, y) - net(x - h * v, t - h * w, y)) / 2 / h, rtol=1e-5, atol=1e-7)
+
+
+def test_labels_matter_only_to_a_conditional_network():
+    x, t = torch.randn(2, 3, 8, 8).double(), torch.rand(2).double()
+    net = random_net('ect', '--cond', 1, '--classes', 3)
+    assert (net(x, t, torch.tensor([0, 0])) - net(x, t, torch.tensor([0, 1])))[1].abs().max() > 1e-3
+    net = random_net('ect')
+    assert torch.equal(net(x, t), net(x, t, torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize('name', ['ect', 'tcm'])
+def test_sampler_is_its_formula(name):
+    f, net, z, e1, e2 = MODULES[name].f, toy(), *torch.randn(3, 2, 3, 8, 8)
+    T = lambda t: torch.full((2,), t)
+    x = f(net, 80 * z, T(80.))
+    torch.testing.assert_close(MODULES[name].sample(net, z, [80.]), x)
+    x = f(net, x + 5 * e1, T(5.))
+    x = f(net, x + 0.821 * e2, T(.821))
+    torch.testing.assert_close(MODULES[name].sample(net, z, [80., 5., .821], noise=[e1, e2]), x)
+
+
+# -------------------------------------------------------------------------------------------------------- data
+
+def test_glyphs_are_a_function_of_the_seed_and_show_all_classes():
+    images, labels = ect.glyphs(16, 500, 3)
+    assert images.shape == (500, 3, 16, 16) and images.dtype == torch.uint8 and labels.bincount().tolist() == [50] * 10
+    assert torch.equal(images, ect.glyphs(16, 500, 3)[0]) and not torch.equal(images, ect.glyphs(16, 500, 4)[0])
+    contrast = images.float().flatten(1).std(1)
+    assert contrast.min() > 10          # no digit in the colour of its ground
+
+
+def make_data(folder, images, labels):
+    """The same images in every format that --data takes."""
+    png = lambda a: (b := io.BytesIO(), Image.fromarray(a).save(b, 'PNG'))[0].getvalue()
+    names = [f'{i // 10:05d}/img{i:08d}.png' for i in range(len(images))]
+    for n, a in zip(names, images):
+        (folder / 'tree' / n).parent.mkdir(parents=True, exist_ok=True)
+        (folder / 'tree' / n).write_bytes(png(a))
+    index = json.dumps(dict(labels=[[n, int(l)] for n, l in zip(names, labels)]))
+    (folder / 'tree' / 'dataset.json').write_text(index)
+    with zipfile.ZipFile(folder / 'edm.zip', 'w') as z:
+        for n, a in zip(names, images): z.writestr(n, png(a))
+        z.writestr('dataset.json', index)
+        z.writestr('__MACOSX/._x.png', b'junk')
+    np.savez(folder / 'adm.npz', images, labels)                # arr_0, arr_1
+    np.save(folder / 'chw.npy', images.transpose(0, 3, 1, 2))
+    rows = np.concatenate([labels.astype(np.uint8)[:, None], images.transpose(0, 3, 1, 2).reshape(len(images), -1)], 1)
+    if images.shape[1] == 32:
+        with tarfile.open(folder / 'cifar-10-binary.tar.gz', 'w:gz') as tar:
+            for k, part in enumerate(np.array_split(rows, 5)):
+                info = tarfile.TarInfo(f'cifar-10-batches-bin/data_batch_{k + 1}.bin')
+                info.size = part.nbytes
+                tar.addfile(info, io.BytesIO(part.tobytes()))
+            tar.addfile(tarfile.TarInfo('cifar-10-batches-bin/test_batch.bin'))
+    return ['tree', 'edm.zip', 'adm.npz', 'chw.npy', 'cifar-10-binary.tar.gz']
+
+
+def test_every_format_gives_the_same_tensor(tmp_path):
+    images, labels = pictures(25, 32), np.arange(25) % 7
+    for form in make_data(tmp_path, images, labels):
+        cfg = config('ect', '--data', tmp_path / form, '--cond', int(form != 'chw.npy'))
+        got, got_labels = ect.load_data(cfg)
+        assert torch.equal(got, torch.from_numpy(images.transpose(0, 3, 1, 2))), form
+        assert form == 'chw.npy' and got_labels is None or got_labels.tolist() == labels.tolist(), form
+        assert cfg.res == 32 and cfg.ch == 128 and cfg.init == 'none' and cfg.warmup > 0        # the CIFAR-10 preset, from scratch
+
+
+def test_pictures_of_other_modes_and_sizes(tmp_path, capfd):
+    Image.new('L', (8, 8), 77).save(tmp_path / 'a.png')
+    Image.new('RGBA', (8, 8), (255, 0, 0, 0)).save(tmp_path / 'b.png')
+    images, _ = ect.read(str(tmp_path), 0)
+    assert (images[0] == 77).all() and (images[1] == 255).all()
+    assert '1 pictures of mode L converted' in (text := capfd.readouterr().out) and 'RGBA' in text
+    Image.new('RGB', (20, 10), 'blue').save(tmp_path / 'c.png')
+    ect.read.cache_clear()
+    assert 'c.png is 20 x 10' in (line := fails(capfd, 2, 'ect', '--data', tmp_path, '--out', tmp_path / 'run')) and '--res' in line
+    images, _ = ect.load_data(config('ect', '--data', tmp_path, '--res', 16))
+    assert images.shape == (3, 3, 16, 16) and images[2, 2].min() == 255
+    (tmp_path / 'c.png').unlink()
+    Image.new('I;16', (8, 8)).save(tmp_path / 'd.png')
+    ect.read.cache_clear()
+    assert 'd.png is a I;16 picture' in fails(capfd, 2, 'ect', '--data', tmp_path, '--out', tmp_path / 'run')
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+@every_method
+def test_the_loss_falls_on_a_fixed_batch(name):
+    cfg = config(name, *TINY, '--warmup', 0, '--res', 8, *(['--stage1', 10**6] if name == 'tcm' else []))
+    torch.manual_seed(0)
+    loss = MODULES[name].Loss(MODULES[name].UNet(cfg), cfg, None)
+    opt = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], 3e-3)
+    x, u, z = torch.randn(16, 3, 8, 8) * 0.5, torch.rand(16), torch.randn(16, 3, 8, 8)
+    losses = []
+    for step in range(40):
+        value = loss(x, None, u, z, 0).mean()
+        opt.zero_grad(), value.backward(), opt.step()
+        losses.append(value.item())
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3]), losses
+
+
+@every_method
+def test_stop_and_resume_is_bitwise_the_same_run(name, npz, tmp_path):
+    argv = ['--data', npz, *TINY, *PHASES[name], '--dropout', 0.3]
+    whole = go(name, *argv, '--steps', 9, '--out', tmp_path / 'whole')
+    for steps in (2, 3, 4, 6, 8, 9): parts = go(name, *argv, '--steps', steps, '--out', tmp_path / 'parts')
+    assert_same(whole['loss'], parts['loss'], rtol=0, atol=0)
+    assert_same(whole['ema'], parts['ema'], rtol=0, atol=0)
+    assert any((whole['ema'][k] != whole['loss'][f'net.{k}']).any() for k in whole['ema'])
+
+
+def states(name, npz, tmp_path, *variants):
+    """The checkpoints after the same few steps, run as a user would in each of the variants."""
+    jobs = [(label, [sys.executable, *before, HERE / f'{name}.py', '--data', npz, *TINY, *PHASES[name], '--steps', '8',
+                     '--device', 'cpu', '--out', tmp_path / label, *after]) for label, before, after in variants]
+    for label, argv in jobs:
+        done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        assert done.returncode == 0, done.stderr
+    return [torch.load(tmp_path / label / 'latest.pt', weights_only=True) for label, _, _ in variants]
+
+
+@every_method
+def test_processes_and_micro_batches_do_not_change_the_run(name, npz, tmp_path):
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    one, two, micro, launched = states(name, npz, tmp_path, ('one', [], []), ('two', [], ['--gpus', '2']), ('micro', [], ['--micro', '3']),
+                                       ('torchrun', torchrun, ['--micro', '2']))
+    for other in (two, micro, launched):
+        assert_same(one['loss'], other['loss'], rtol=1e-4, atol=1e-6)
+        assert other['step'] == 8
+
+
+@every_method
+def test_mixed_precision_trains_and_its_scaler_is_saved(name, npz, tmp_path):
+    for amp in ('bf16', 'fp16'):
+        saved = go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 8, '--amp', amp, '--out', tmp_path / amp)
+        assert all(v.isfinite().all() for v in saved['ema'].values())
+        assert bool(saved['scaler']) == (amp == 'fp16')
+        assert all(v.dtype == torch.float32 for v in saved['ema'].values())
+    go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 10, '--amp', 'fp16', '--out', tmp_path / 'fp16')
+
+
+@pytest.mark.parametrize('name', ['ect', 'tcm'])
+def test_half_precision_gradients_are_those_of_float32(name):
+    cfg = config(name, *TINY, '--warmup', 0, '--res', 8, *(['--stage1', 0] if name == 'tcm' else []))
+    torch.manual_seed(0)
+    loss, x, u, z = MODULES[name].Loss(MODULES[name].UNet(cfg), cfg, None), torch.randn(16, 3, 8, 8), torch.rand(16), torch.randn(16, 3, 8, 8)
+    for p in loss.net.parameters(): torch.nn.init.normal_(p, std=0.1)
+    grads = {}
+    for amp in ('off', 'fp16', 'bf16'):
+        cfg.amp = amp
+        with MODULES[name].precision(cfg, torch.device('cpu'))[1](): value = loss(x, None, u, z, 0).mean()
+        grads[amp] = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(loss.net.parameters()))])
+    for amp, error in (('fp16', 0.02), ('bf16', 0.2)):
+        assert (grads[amp] - grads['off']).norm() < error * grads['off'].norm()
+
+
+@every_method
+def test_checkpoint_is_plain_data_that_stands_alone(name, npz, tmp_path):
+    saved = go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 8, '--out', tmp_path / 'run')
+    module, cfg = MODULES[name], saved['config']
+    assert saved['method'] == name and saved['step'] == 8 and cfg['ch'] == 8 and set(module.CONFIG) <= set(cfg)
+    import argparse
+    net = module.UNet(argparse.Namespace(**cfg))
+    net.load_state_dict(saved['ema'])   # no prefixes
+    for file in ('latest.pt', 'log.csv', 'data.png', 'samples-000008.png'): assert (tmp_path / 'run' / file).exists(), file
+    rows = (tmp_path / 'run' / 'log.csv').read_text().splitlines()
+    assert rows[0].startswith('step,phase,loss') and len(rows) == 5
+    grid = Image.open(tmp_path / 'run' / 'samples-000008.png')
+    assert grid.size[0] == 2 * Image.open(tmp_path / 'run' / 'data.png').size[1] * 2        # 20 x 10 against 20 x 5
+
+
+@every_method
+def test_init_from_our_checkpoint_takes_its_shape(name, npz, tmp_path):
+    go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 4, '--out', tmp_path / 'a')
+    after = go(name, '--data', npz, '--init', tmp_path / 'a' / 'latest.pt', '--steps', 1, '--batch', 4, '--lr', 1e-12, '--ema', 0.9,
+               *(['--stage1', 1, '--lr_stage1', 1e-12] if name == 'tcm' else []), '--out', tmp_path / 'b')
+    before = torch.load(tmp_path / 'a' / 'latest.pt', weights_only=True)
+    assert after['config']['ch'] == 8 and after['config']['warmup'] == 0
+    assert_same(after['ema'], before['ema'], rtol=0, atol=1e-6)
+
+
+@needs_golden
+@every_method
+def test_init_from_an_edm_pickle(name, tmp_path):
+    np.save(tmp_path / 'd.npy', pictures(16, 16))
+    pkl = GOLDEN / 'edm_ddpmpp_tiny.pkl'
+    after = go(name, '--data', tmp_path / 'd.npy', '--init', pkl, '--steps', 1, '--batch', 4, '--lr', 1e-12,
+               *(['--stage1', 1, '--lr_stage1', 1e-12] if name == 'tcm' else []), '--out', tmp_path / 'run')
+    assert after['config']['mult'] == '1,2' and after['config']['ch'] == 32
+    assert_same(after['ema'], MODULES[name].load_edm(pkl).state_dict(), rtol=0, atol=1e-6)
+
+
+@every_method
+def test_nan_stops_the_run_and_keeps_the_checkpoint(name, npz, tmp_path, capfd):
+    argv = ['--data', npz, *TINY, *PHASES[name], '--out', tmp_path / 'run']
+    go(name, *argv, '--steps', 2)
+    before = (tmp_path / 'run' / 'latest.pt').read_bytes()
+    capfd.readouterr()
+    line = fails(capfd, 1, name, *argv, '--steps', 60, '--lr_warmup', 1e30, '--lr', 1e30, '--save_every', 1000)
+    assert re.search(r'gradient not finite at step \d+', line)
+    assert (tmp_path / 'run' / 'latest.pt').read_bytes() == before
+
+
+@every_method
+def test_a_failed_write_leaves_the_old_file(name, tmp_path, capfd):
+    path = tmp_path / 'latest.pt'
+    path.write_bytes(b'old')
+
+    def full_disk(file):
+        file.write(b'half of the new one')
+        raise OSError(28, 'No space left on device')
+    with pytest.raises(SystemExit) as end: MODULES[name].write(path, full_disk)
+    assert end.value.code == 1 and 'No space left' in capfd.readouterr().err
+    assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['latest.pt']
+
+
+@pytest.mark.parametrize('gpus', [1, 2])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_resumes(gpus, number, npz, tmp_path):
+    argv = ['--data', npz, *TINY, '--warmup', 100, '--steps', 100_000, '--device', 'cpu', '--gpus', gpus, '--out', tmp_path / 'run']
+    job = subprocess.Popen([sys.executable, HERE / 'ect.py', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for line in job.stdout:
+        if ' 10 ' in line: break
+    job.send_signal(number)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == 128 + number, (job.returncode, error)
+    step = torch.load(tmp_path / 'run' / 'latest.pt', weights_only=True)['step']
+    assert step >= 10 and f'stopped by a signal and saved at step {step}' in error
+    whole = go('ect', *argv[:-5], '--steps', step + 2, '--out', tmp_path / 'whole')
+    parts = go('ect', *argv[:-5], '--steps', step + 2, '--out', tmp_path / 'run')
+    assert_same(whole['loss'], parts['loss'], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('argv, message', [
+    ('--data nowhere.zip', 'there is no nowhere.zip'), ('--steps 0', '--steps must be positive'), ('--step 5', 'unrecognized'),
+    ('--batch x', 'invalid int value'), ('--amp fp8', 'invalid choice'), ('--ts 80,x', 'not a list of numbers'), ('--nfe 3', '--nfe 3 needs'),
+    ('--res 18', 'cannot be halved'), ('--sample 4', 'no checkpoint'), ('--dropout 1', '--dropout must be in'), ('--label 3', 'no such class'),
+    ('--gpus 64', 'this machine has'), ('--data {here}/README.md', 'is no folder, .zip'), ('--data {tmp}', 'holds no pictures'),
+    ('--data {npz} --cond 1 --init {tmp}/x.pt', 'there is no'), ('--init {here}/test_all.py', 'damaged or no checkpoint'),
+    ('--init {here}/README.md.pkl', 'is no DDPM++ or NCSN++ pickle'), ('--data {tmp}/float.npy', 'holds float64'), ('--data {tmp}/broken.zip', 'cannot be read'),
+    ('--data {tmp}/objects.npy', 'cannot be read'), ('--data {npz2} --cond 1', 'has no labels'), ('--data imagenet64', 'there is no datasets/imagenet-64x64.zip'),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(argv, message, npz, tmp_path, capfd):
+    data = tmp_path / 'data'
+    data.mkdir()
+    if 'float' in argv: np.save(data / 'float.npy', np.zeros((4, 8, 8, 3)))
+    if 'objects' in argv: np.save(data / 'objects.npy', np.array([{}, []], object))
+    if 'broken' in argv: (data / 'broken.zip').write_bytes(b'PK not a zip')
+    if 'npz2' in argv: np.savez(data / 'n.npz', images=pictures(4))
+    argv = argv.format(here=HERE, tmp=data, npz=npz, npz2=data / 'n.npz').split()
+    line = fails(capfd, 2, 'ect', '--out', tmp_path / 'run', *argv)
+    assert message in line and not (tmp_path / 'run').exists()
+
+
+def test_flags_that_do_not_fit_the_checkpoint(npz, tmp_path, capfd):
+    argv = ['--data', npz, *TINY, '--warmup', 4, '--out', tmp_path / 'run']
+    go('ect', *argv, '--steps', 2)
+    before = (tmp_path / 'run' / 'latest.pt').read_bytes()
+    capfd.readouterr()
+    assert 'does not fit these flags' in fails(capfd, 2, 'ect', *argv, '--ch', 16, '--steps', 4)
+    assert 'is a run of ect.py' in fails(capfd, 2, 'tcm', '--out', tmp_path / 'run')
+    (tmp_path / 'run' / 'latest.pt').write_bytes(before[:5000])
+    assert 'damaged' in fails(capfd, 2, 'ect', *argv)
+
+
+# -------------------------------------------------------------------------------------------------------- safety
+
+@every_method
+def test_a_pickle_runs_nothing(name, tmp_path, capfd):
+    class Evil:
+        def __reduce__(self): return os.system, (f'touch {tmp_path}/owned',)
+    for content in (dict(ema=Evil()), Evil()):
+        (tmp_path / 'evil.pkl').write_bytes(pickle.dumps(content))
+        with pytest.raises(SystemExit) as end: MODULES[name].load_edm(tmp_path / 'evil.pkl')
+        assert end.value.code == 2 and 'which no EDM network needs' in capfd.readouterr().err
+    torch.save(dict(method=name, step=0, x=Evil()), tmp_path / 'latest.pt')
+    with pytest.raises(SystemExit): MODULES[name].read_checkpoint(tmp_path)
+    assert not (tmp_path / 'owned').exists()
+
+
+def test_a_download_is_checked_and_its_failure_says_what_to_do(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    with pytest.raises(SystemExit): ect.fetch('http://127.0.0.1:9/some/file.bin')
+    assert 'put it at datasets/file.bin' in capfd.readouterr().err
+    Path('datasets').mkdir()
+    Path('datasets/file.bin').write_bytes(b'abc')
+    assert ect.fetch('http://127.0.0.1:9/some/file.bin', 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad') == Path('datasets/file.bin')
+    with pytest.raises(SystemExit): ect.fetch('http://127.0.0.1:9/some/file.bin', '0' * 64)
+    assert 'is damaged' in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+@every_method
+def test_image_i_is_a_function_of_seed_and_i(name, npz, tmp_path):
+    run_at = ['--data', npz, *TINY, *PHASES[name], '--cond', 1, '--out', tmp_path / 'run']
+    go(name, *run_at, '--steps', 8)
+
+    def draw(*argv):
+        go(name, '--out', tmp_path / 'run', '--sample', *argv, '--nfe', 2, '--save', tmp_path / 's.npz')
+        return np.load(tmp_path / 's.npz')
+    base = draw(12)
+    assert base['arr_0'].shape == (12, 8, 8, 3) and base['arr_0'].dtype == np.uint8 and base['arr_1'].tolist() == [0, 1, 2, 3] * 3
+    near = lambda a, b: np.abs(a.astype(int) - b).max() <= 1
+    assert near(draw(5, '--micro', 2)['arr_0'], base['arr_0'][:5])
+    assert not near(draw(5, '--seed', 1)['arr_0'], base['arr_0'][:5])
+    assert draw(4, '--label', 2)['arr_1'].tolist() == [2] * 4
+    done = run(name, '--out', tmp_path / 'run', '--sample', 12, '--nfe', 2, '--gpus', 2, '--device', 'cpu', '--save', tmp_path / 'png')
+    assert done.returncode == 0, done.stderr
+    files = sorted((tmp_path / 'png').iterdir())
+    assert len(files) == 12 and near(np.stack([np.asarray(Image.open(f)) for f in files]), base['arr_0'])
+
+
+# ----------------------------------------------------------------------------------------- real pictures, GPU, slow
+
+@needs_jpegs
+@every_method
+def test_real_pictures_train_resume_and_sample(name, tmp_path):
+    argv = ['--data', JPEGS, '--ch', 16, '--blocks', 1, '--batch', 8, *PHASES[name], '--out', tmp_path / 'run', '--cond', 1]
+    go(name, *argv, '--steps', 4)
+    saved = go(name, *argv, '--steps', 8)
+    assert saved['config']['classes'] == 10 and saved['config']['res'] == 32
+    go(name, '--out', tmp_path / 'run', '--sample', 3)
+    assert np.load(tmp_path / 'run' / 'samples.npz')['arr_0'].shape == (3, 32, 32, 3)
+
+
+@needs_gpu
+@every_method
+def test_gpu_runs_every_precision_and_compile(name, npz, tmp_path):
+    for amp in ('off', 'bf16', 'fp16'):
+        saved = go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 30, '--amp', amp, '--out', tmp_path / amp)
+        assert all(v.isfinite().all() for v in saved['ema'].values())
+    go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 8, '--compile', '--out', tmp_path / 'compile')
+
+
+def judge():
+    """A small classifier of the glyphs: (uint8 images) -> probabilities (N, 10)"""
+    torch.manual_seed(0)
+    nn, (images, labels) = torch.nn, ect.glyphs(16, 20_000, 1)
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
+                        nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 64), nn.ReLU(), nn.Linear(64, 10))
+    opt = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(5):
+        for i in torch.randperm(len(images)).split(128):
+            x = images[i].float() / 127.5 - 1
+            value = nn.functional.cross_entropy(net(x + 0.1 * torch.rand(len(i), 1, 1, 1) * torch.randn_like(x)), labels[i], label_smoothing=0.05)
+            opt.zero_grad(), value.backward(), opt.step()
+    return lambda images: torch.cat([net.eval()(b.float() / 127.5 - 1).softmax(1) for b in images.split(500)]).detach()
+
+
+@slow
+@every_method
+def test_slow_default_run_leaves_legible_digits_of_all_classes_and_colours(name, tmp_path):
+    probabilities = judge()
+    held_out, labels = ect.glyphs(16, 2000, 2)
+    assert (probabilities(held_out).argmax(1) == labels).float().mean() > 0.995
+    began = time.time()
+    done = run(name, '--out', tmp_path / 'run', env={'OMP_NUM_THREADS': str(os.cpu_count())}, timeout=900)
+    assert done.returncode == 0, done.stderr
+    for nfe in (1, 2):
+        go(name, '--out', tmp_path / 'run', '--sample', 1000, '--nfe', nfe)
+        images = torch.from_numpy(np.load(tmp_path / 'run' / 'samples.npz')['arr_0']).permute(0, 3, 1, 2)
+        p, spread = probabilities(images), lambda x: x.float().mean((2, 3)).std(0).mean()
+        share, sure = p.argmax(1).bincount(minlength=10) / 1000, (p.max(1).values > 0.8).float().mean()
+        print(f'{name} {nfe} step: {sure:.3f} sure, shares {share.min():.3f} to {share.max():.3f}, {time.time() - began:.0f} s')
+        assert sure > 0.8 and share.min() > 0.05 and share.max() < 0.16
+        assert 0.8 < spread(images) / spread(held_out) < 1.2
+
+
+if __name__ == '__main__':
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
