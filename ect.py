@@ -28,7 +28,7 @@ leave a choice or we differ:
 - The diffusion warm-up for runs without a checkpoint is EDM's loss (r = 0): lengths and learning rates are ours.
 """
 import argparse, contextlib, copy, csv, functools, hashlib, io, json, math, os, pickle, signal, socket, sys
-import tarfile, time, zipfile, zlib
+import tarfile, time, warnings, zipfile, zlib
 from collections import Counter, OrderedDict
 from datetime import timedelta
 from pathlib import Path
@@ -58,7 +58,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     clip=(math.inf, 'gradient norm limit'),
     P_mean=(-1.1, 'ln t ~ N(P_mean, P_std^2) [loss.py]'),
     P_std=(2.0, ''),
-    q=(2.0, '1 - r/t is n(t) / q^a in stage a [Sec. 4]'),
+    q=(2.0, '1 - r/t is n(t) / q^a in stage a [loss.py]'),
     d=(25_000, 'steps per stage [run_ecm.sh: 250 ticks of 100]'),
     k=(8.0, 'n(t) = 1 + k sigmoid(-b t) [loss.py]'),
     b=(1.0, ''),
@@ -83,8 +83,8 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=3000, warmup=1000, batch=64, lr=1e-3, lr_warmup=2e-3, ema=0.99, d=400, c=0.03, ts='80,1',
-                ch=32, mult='1,2,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=20),
+    glyphs=dict(steps=5200, warmup=1700, batch=32, lr=2e-3, lr_warmup=2e-3, t_ref=200, ema=0.998, P_mean=-0.2, P_std=1.6,
+                d=700, c=0.03, ts='80,1', ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
     cifar10=dict(init=EDM, warmup=200_000),
     imagenet64=dict(steps=100_000, warmup=50_000, lr=1e-3, lr_warmup=1e-3, opt='Adam', beta2=0.99, t_ref=2000,
                     P_mean=-0.8, P_std=1.6, q=4.0, c=0.06, weight='1/c_out^2', ts='80,1.526', cond=1, classes=1000,
@@ -168,7 +168,7 @@ def f(net, x, t, labels=None):
 
 
 class Loss(nn.Module):
-    """Eq. (8) of the paper as written in the docstring; data is unused."""
+    """The objective at the top of this file; data is unused."""
 
     def __init__(self, net, cfg, data):
         super().__init__()
@@ -190,7 +190,7 @@ class Loss(nn.Module):
         return [(ema, self.cfg.ema)]
 
     def levels(self, u, step):
-        """u uniform (B,) -> noise levels t > r (B,), float64. In the warm-up r = 0 and ln t ~ N(-1.2, 1.2^2), as EDM's."""
+        """u uniform (B,) -> noise levels t > r (B,), float64. In the warm-up r = 0 and ln t ~ N(-1.2, 1.2^2), like EDM."""
         cfg, warmup = self.cfg, step < self.cfg.warmup
         mean, std = (-1.2, 1.2) if warmup else (cfg.P_mean, cfg.P_std)
         t = torch.exp(mean + std * torch.special.ndtri(u.double()))
@@ -201,8 +201,8 @@ class Loss(nn.Module):
 
     def pair(self, x, labels, z, t, r, step):
         """Weighted distance of f(x_t, t) and its target at r -> (B,)."""
-        w = self.weight(t, r, step).to(x)                       # in float64: t - r may be t / 1000
-        t, r = (v.to(x).view(-1, 1, 1, 1) for v in (t, r))
+        w = self.weight(t, r, step).to(x, non_blocking=True)    # from float64: t - r may be t / 1000
+        t, r = (v.to(x, non_blocking=True).view(-1, 1, 1, 1) for v in (t, r))
         x_t, x_r = x + t * z, x + r * z
         if step < self.cfg.warmup: return w * (f(self.net, x_t, t, labels) - x).square().mean((1, 2, 3))
         with torch.no_grad(), same_dropout(x):
@@ -246,30 +246,29 @@ def init(layer, gain=1.0):
     return layer
 
 
-def norm(ch): return nn.GroupNorm(min(32, ch // 4), ch, eps=1e-6)
+def norm(ch): return nn.GroupNorm(math.gcd(min(32, ch // 4), ch), ch, eps=1e-6)
 
 
 def resample(x, taps, up, pad):
-    """Up or down by two with a separable low-pass filter, (1, 1) or (1, 3, 3, 1)."""
-    taps = torch.tensor(taps, dtype=x.dtype, device=x.device)
-    kernel = taps.outer(taps) / taps.sum()**2 * (4 if up else 1)
-    conv = conv_transpose2d if up else conv2d
-    return conv(x, kernel.expand(x.shape[1], 1, *kernel.shape), stride=2, padding=pad, groups=x.shape[1])
+    """Up or down by two with the separable low-pass filter whose taps (of sum 1) are given."""
+    kernel, conv = (4 * taps.outer(taps), conv_transpose2d) if up else (taps.outer(taps), conv2d)
+    return conv(x, kernel.expand(x.shape[1], 1, -1, -1), stride=2, padding=pad, groups=x.shape[1])
 
 
 class Block(nn.Module):
-    """EDM's residual block with optional resampling ('up', 'down') and self-attention."""
+    """EDM's residual block with optional resampling (turn 'up' or 'down') and self-attention."""
 
-    def __init__(self, cin, cout, emb, dropout, heads=0, sample=None, taps=(1, 1)):
+    def __init__(self, cin, cout, emb, dropout, heads, turn, taps):
         super().__init__()
-        self.cin, self.heads, self.sample, self.taps = cin, heads, sample, taps
+        self.cin, self.heads, self.turn = cin, heads, turn
+        self.register_buffer('taps', torch.tensor(taps) / sum(taps), persistent=False)
         self.norm0 = norm(cin)
         self.conv0 = init(nn.Conv2d(cin, cout, 3, padding=1))
         self.affine = init(nn.Linear(emb, cout))
         self.norm1 = norm(cout)
         self.dropout = nn.Dropout(dropout)
         self.conv1 = init(nn.Conv2d(cout, cout, 3, padding=1), 1e-5)
-        self.skip = init(nn.Conv2d(cin, cout, 1)) if cin != cout or sample else nn.Identity()
+        self.skip = init(nn.Conv2d(cin, cout, 1)) if cin != cout or turn else nn.Identity()
         if heads:
             self.norm2 = norm(cout)
             self.qkv = init(nn.Conv2d(cout, 3 * cout, 1), 0.2**0.5)
@@ -277,7 +276,7 @@ class Block(nn.Module):
 
     def forward(self, x, e):
         h = silu(self.norm0(x))
-        if self.sample: h, x = (resample(v, self.taps, self.sample == 'up', (len(self.taps) - 1) // 2) for v in (h, x))
+        if self.turn: h, x = (resample(v, self.taps, self.turn == 'up', (len(self.taps) - 1) // 2) for v in (h, x))
         h = self.conv0(h) + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(silu(self.norm1(h))))
         x = (h + self.skip(x)) * 0.5**0.5
@@ -290,11 +289,14 @@ class Block(nn.Module):
 
 
 class Residual(nn.Conv2d):
-    """NCSN++'s second input: the image (then this layer's own output) halved and added to the features."""
+    """NCSN++'s second input: the image, then this layer's own output, halved and added to the features."""
+
+    def __init__(self, cin, cout, taps):
+        super().__init__(cin, cout, 3, padding=2)               # the filter has no padding of its own
+        self.register_buffer('taps', torch.tensor(taps) / sum(taps), persistent=False)
 
     def forward(self, aux, x):
-        h = conv2d(aux, self.weight, self.bias, padding=2)      # the filter has no padding of its own
-        return (x + resample(h, (1, 3, 3, 1), False, 0)) * 0.5**0.5
+        return (x + resample(super().forward(aux), self.taps, False, 0)) * 0.5**0.5
 
 
 class UNet(nn.Module):
@@ -306,16 +308,16 @@ class UNet(nn.Module):
         super().__init__()
         ncsnpp, taps = cfg.arch == 'ncsnpp', (1, 3, 3, 1) if cfg.arch == 'ncsnpp' else (1, 1)
         half, emb = cfg.ch if ncsnpp else cfg.ch // 2, 4 * cfg.ch
-        self.turn = 2 * math.pi if ncsnpp else 1.0
+        self.scale = 2 * math.pi if ncsnpp else 1.0
         freqs = torch.randn(half) * cfg.fourier if ncsnpp else 1e4 ** (-torch.arange(half) / (half - 1))
         self.register_buffer('freqs', freqs, persistent=ncsnpp)
         self.classes = cfg.classes if cfg.cond else 0
         if self.classes: self.map_label = init(nn.Linear(self.classes, 2 * half))
         self.map0, self.map1 = init(nn.Linear(2 * half, emb)), init(nn.Linear(emb, emb))
 
-        def block(cin, cout, attention=False, sample=None):
-            heads = (cout // cfg.head_dim if cfg.head_dim else 1) if attention else 0
-            return Block(cin, cout, emb, cfg.dropout, heads, sample, taps)
+        def block(cin, cout, attention=False, turn=None):
+            heads = attention and (max(1, cout // cfg.head_dim) if cfg.head_dim else 1)
+            return Block(cin, cout, emb, cfg.dropout, heads, turn, taps)
 
         widths = [cfg.ch * int(m) for m in numbers(cfg.mult)]
         attn = [cfg.res >> level in numbers(cfg.attn) for level in range(len(widths))]
@@ -323,8 +325,8 @@ class UNet(nn.Module):
         skips, ch, aux = [cfg.ch], cfg.ch, 3
         for level, width in enumerate(widths):
             if level:
-                self.enc.append(block(ch, ch, sample='down'))
-                if ncsnpp: self.enc.append(init(Residual(aux, ch, 3))); aux = ch
+                self.enc.append(block(ch, ch, turn='down'))
+                if ncsnpp: self.enc.append(init(Residual(aux, ch, taps))); aux = ch
                 skips.append(ch)
             for _ in range(cfg.blocks):
                 self.enc.append(block(ch, width, attn[level]))
@@ -332,7 +334,7 @@ class UNet(nn.Module):
                 skips.append(ch)
         for level, width in reversed(list(enumerate(widths))):
             if level == len(widths) - 1: self.dec += [block(ch, ch, True), block(ch, ch)]
-            else: self.dec.append(block(ch, ch, sample='up'))
+            else: self.dec.append(block(ch, ch, turn='up'))
             for i in range(cfg.blocks + 1):
                 self.dec.append(block(ch + skips.pop(), width, i == cfg.blocks and attn[level]))
                 ch = width
@@ -340,10 +342,9 @@ class UNet(nn.Module):
 
     def forward(self, x, c_noise, labels=None):
         with torch.autocast(x.device.type, enabled=False):     # the embedding stays in float32
-            a = torch.outer(c_noise.to(x), self.turn * self.freqs)
+            a = torch.outer(c_noise.to(x), self.scale * self.freqs)
             e = torch.cat([a.sin(), a.cos()], 1)
-            if self.classes and labels is not None:
-                e = e + self.map_label(one_hot(labels, self.classes).to(x) * self.classes**0.5)
+            if self.classes: e = e + self.map_label(one_hot(labels, self.classes).to(x) * self.classes**0.5)
             e = silu(self.map1(silu(self.map0(e))))
         skips, aux = [], x
         for layer in self.enc:
@@ -444,13 +445,13 @@ def glyphs(res=16, n=20_000, seed=0):
         ImageDraw.Draw(canvas).text((24, 24), digit, 255, font, anchor='mm', stroke_width=1)
         masks.append(np.asarray(canvas))
     masks, labels = torch.tensor(np.stack(masks))[:, None] / 255, torch.arange(n) % 10
-    spread = torch.tensor([0.15, 0.15, 0.1, 0.08, 0.08])[:, None]
+    spread = torch.tensor([0.12, 0.12, 0.08, 0.06, 0.06])[:, None]
     angle, shear, size, dx, dy = (torch.rand(5, n, generator=g) * 2 - 1) * spread
     cos, sin = 0.7 * size.exp() * angle.cos(), 0.7 * size.exp() * angle.sin()
     pose = torch.stack([cos, shear * cos - sin, dx, sin, shear * sin + cos, dy], 1).view(n, 2, 3)
     ink = torch.cat([grid_sample(masks[l], affine_grid(p, (len(l), 1, 2 * res, 2 * res), False), align_corners=False)
                      for l, p in zip(labels.split(2000), pose.split(2000))])
-    ground, stroke = 0.4 * torch.rand(n, 3, 1, 1, generator=g), 1 - 0.5 * torch.rand(n, 3, 1, 1, generator=g)
+    ground, stroke = 0.4 * torch.rand(n, 3, 1, 1, generator=g), 1 - 0.4 * torch.rand(n, 3, 1, 1, generator=g)
     images = torch.lerp(ground, stroke, avg_pool2d(ink, 2))
     return (images * 255).round().to(torch.uint8), labels
 
@@ -632,7 +633,8 @@ def train(cfg, data, rank, world, device):
     step_fn = loss_fn if world == 1 else nn.parallel.DistributedDataParallel(loss_fn, broadcast_buffers=False)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {sum(p.numel() for p in weights):,} weights, '
+        size = sum(p.numel() for p in weights)
+        print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {size:,} weights, '
               f'{world} x {device.type}, amp {amp}, steps {start} to {cfg.steps}, in {out}', flush=True)
         picture_grid(images[torch.linspace(0, len(images) - 1, 100).long().to(images.device)], out / 'data.png')
 
@@ -648,17 +650,18 @@ def train(cfg, data, rank, world, device):
             opt = new_optimiser()
         for group in opt.param_groups: group['lr'] = lr
 
-        index, u, flips, z = draw(cfg, len(images), batch, step, device)
+        index, u, flips, z = draw(cfg, len(images), batch, step, device)    # below, non_blocking copies never wait
         torch.manual_seed(seed_of(cfg, 3 + rank, step))         # dropout
         shares = torch.arange(rank, batch, world).split(cfg.micro or batch)
         opt.zero_grad()
         for rows in shares:
-            x = images[index[rows].to(images.device)].to(device).float() / 127.5 - 1
-            x = torch.where(flips[rows].to(device).view(-1, 1, 1, 1), x.flip(3), x)
-            x = x.contiguous(memory_format=torch.channels_last)
-            y = labels[index[rows]].to(device) if cfg.cond else None
+            mine, flip = index[rows].to(images.device, non_blocking=True), flips[rows].to(device, non_blocking=True)
+            x = images[mine].to(device).float() / 127.5 - 1
+            x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x).contiguous(memory_format=torch.channels_last)
+            y = labels[index[rows]].to(device, non_blocking=True) if cfg.cond else None
+            noise = z[rows.to(device, non_blocking=True)]
             with contextlib.nullcontext() if world == 1 or rows is shares[-1] else step_fn.no_sync():
-                with autocast(): loss = step_fn(x, y, u[rows], z[rows.to(device)], step).sum() / batch
+                with autocast(): loss = step_fn(x, y, u[rows], noise, step).sum() / batch
                 scaler.scale(loss * world).backward()           # DistributedDataParallel averages over processes
             total[0] += loss.detach()
         scaler.unscale_(opt)
@@ -789,9 +792,10 @@ def process(local, cfg, port=None):
         torch.set_float32_matmul_precision('high')              # TF32, also where amp is off
     elif world > 1: torch.set_num_threads(max(1, os.cpu_count() // world))
     if world > 1:
+        warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         if local: dist.barrier()                                # one process of a machine downloads for all
-    if cfg.init.startswith('http') and not read_checkpoint(cfg.out): fetch(cfg.init)
+    if '://' in cfg.init and not Path(cfg.out, 'latest.pt').exists(): fetch(cfg.init)
     data = None
     if not cfg.sample:
         images, labels = load_data(cfg)
@@ -801,7 +805,7 @@ def process(local, cfg, port=None):
     if world > 1 and not local: dist.barrier()
     try: (write_samples if cfg.sample else train)(cfg, data, rank, world, device)
     except FloatingPointError as error: stop(str(error), 1)
-    except torch.OutOfMemoryError as error: stop(f'out of GPU memory: add or halve --micro ({error})', 1)
+    except torch.OutOfMemoryError as error: sys.exit(f'{METHOD}.py: out of GPU memory, lower --micro: {error}')
     finally:
         if world > 1: dist.destroy_process_group()
 

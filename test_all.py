@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
+torch.set_num_threads(1)              # the networks here are tiny
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 METHODS = [name for name in ('ct', 'ict', 'ect', 'sct', 'scm', 'tcm') if (HERE / f'{name}.py').exists()]
@@ -40,6 +41,10 @@ def pictures(n=40, side=8, seed=0):
     """n smooth random images, uint8 (n, side, side, 3)"""
     small = np.random.default_rng(seed).integers(0, 256, (n, 2, 2, 3), dtype=np.uint8)
     return np.stack([np.asarray(Image.fromarray(a).resize((side, side), Image.BILINEAR)) for a in small])
+
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
 
 
 @pytest.fixture(scope='session')
@@ -265,6 +270,30 @@ def test_network_and_pickle_reader_agree_with_edm(name, arch):
     if name in ('ect', 'sct', 'tcm'): torch.testing.assert_close(MODULES[name].f(net, x, sigma), D, rtol=1e-5, atol=2e-5)
 
 
+@every_method
+def test_network_gives_edms_numbers_without_a_file(name):
+    """Sums of EDM's outputs for weights set by a rule on EDM's parameter names."""
+    net = MODULES[name].UNet(config(name, '--res', 16, '--ch', 16, '--mult', '2,2', '--blocks', 1, '--attn', 8)).eval()
+    places = dict(zip((f'enc.{i}.' for i in range(4)), ('16x16_conv', '16x16_block0', '8x8_down', '8x8_block0')))
+    places |= dict(zip((f'dec.{i}.' for i in range(7)), ('8x8_in0', '8x8_in1', '8x8_block0', '8x8_block1', '16x16_up', '16x16_block0', '16x16_block1')))
+    places = {k: f'model.{k[:4]}{v}.' for k, v in places.items()}
+    places |= {'map0.': 'model.map_layer0.', 'map1.': 'model.map_layer1.', 'norm.': 'model.dec.16x16_aux_norm.', 'out.': 'model.dec.16x16_aux_conv.'}
+    edm = {k: next(v + k[len(p):] for p, v in places.items() if k.startswith(p)) for k, _ in net.named_parameters()}
+    order = sorted([*edm.values(), 'model.map_augment.weight'])
+    assert len(order) == 143
+    for k, p in net.named_parameters():
+        v = torch.sin(0.1 * torch.arange(p.numel()).double() + order.index(edm[k])).view(p.shape).float()
+        one = 'norm' in edm[k] and k.endswith('weight')
+        p.data = v / math.sqrt(p[0].numel()) if p.ndim > 1 else one + 0.1 * v
+    x = torch.from_numpy(np.sin(.37 * np.arange(2 * 768))).float().view(2, 3, 16, 16)
+    F = net(x, torch.full((2,), -0.2))
+    np.testing.assert_allclose([F.sum().item(), F.abs().sum().item()], [45.780182, 335.00463], rtol=2e-5)
+    if name not in ('ect', 'sct', 'tcm'): return
+    for sigma, total, size in ((.002, 5.1030822, 978.00429), (.5, 19.107908, 485.44458), (80., 39.84572, 184.14354)):
+        D = MODULES[name].f(net, x, torch.full((2,), sigma))
+        np.testing.assert_allclose([D.sum().item(), D.abs().sum().item()], [total, size], rtol=2e-5)
+
+
 @needs_golden
 def test_ect_loss_agrees_with_the_official_code():
     golden = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / 'ect_losses.npz').items()}
@@ -405,7 +434,7 @@ def random_net(name, *argv):
 
 @pytest.mark.parametrize('arch', ['ddpmpp', 'ncsnpp'])
 def test_network_has_a_forward_mode_derivative(arch):
-    net = random_net('ect', '--arch', arch, '--cond', 1, '--classes', 3, '--head_dim', 8)
+    net = random_net('ect', '--arch', arch, '--cond', 1, '--classes', 3, '--head_dim', 8, '--fourier', 1)
     x, t, v, w, y = torch.randn(2, 3, 8, 8).double(), torch.rand(2).double(), torch.randn(2, 3, 8, 8).double(), torch.randn(2).double(), torch.tensor([0, 2])
     _, tangent = torch.func.jvp(lambda x, t: net(x, t, y), (x, t), (v, w))
     h = 1e-5
@@ -639,8 +668,8 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, npz, tmp_path
     assert job.returncode == 128 + number, (job.returncode, error)
     step = torch.load(tmp_path / 'run' / 'latest.pt', weights_only=True)['step']
     assert step >= 10 and f'stopped by a signal and saved at step {step}' in error
-    whole = go('ect', *argv[:-5], '--steps', step + 2, '--out', tmp_path / 'whole')
-    parts = go('ect', *argv[:-5], '--steps', step + 2, '--out', tmp_path / 'run')
+    whole = go('ect', *argv[:-6], '--steps', step + 2, '--out', tmp_path / 'whole')
+    parts = go('ect', *argv[:-6], '--steps', step + 2, '--out', tmp_path / 'run')
     assert_same(whole['loss'], parts['loss'], rtol=1e-4, atol=1e-6)
 
 
@@ -774,11 +803,11 @@ def test_slow_default_run_leaves_legible_digits_of_all_classes_and_colours(name,
     for nfe in (1, 2):
         go(name, '--out', tmp_path / 'run', '--sample', 1000, '--nfe', nfe)
         images = torch.from_numpy(np.load(tmp_path / 'run' / 'samples.npz')['arr_0']).permute(0, 3, 1, 2)
-        p, spread = probabilities(images), lambda x: x.float().mean((2, 3)).std(0).mean()
-        share, sure = p.argmax(1).bincount(minlength=10) / 1000, (p.max(1).values > 0.8).float().mean()
-        print(f'{name} {nfe} step: {sure:.3f} sure, shares {share.min():.3f} to {share.max():.3f}, {time.time() - began:.0f} s')
-        assert sure > 0.8 and share.min() > 0.05 and share.max() < 0.16
-        assert 0.8 < spread(images) / spread(held_out) < 1.2
+        p, colours = probabilities(images), images.float().mean((2, 3)).std(0) / held_out.float().mean((2, 3)).std(0)
+        share, sure = p.argmax(1).bincount(minlength=10) / 1000, (p.max(1).values > 0.5).float().mean()
+        print(f'{name}, {nfe} steps: {sure:.3f} recognised, shares {share.min():.3f} to {share.max():.3f}, '
+              f'spread of colours {colours.min():.2f} to {colours.max():.2f} of the data, {time.time() - began:.0f} s')
+        assert sure > (0.8, 0.9)[nfe - 1] and share.min() > 0.04 and share.max() < 0.18 and 0.45 < colours.min() < colours.max() < 1.2
 
 
 if __name__ == '__main__':
