@@ -225,10 +225,9 @@ class Loss(nn.Module):
         else:
             ends = np.log([cfg.t_transition, cfg.t_max])
             low, high = special.stdtr(cfg.nu, (ends - cfg.mu) / cfg.sigma)
-            rest = ((u - cfg.boundary_prob) / (1 - cfg.boundary_prob)).clamp(min=0)     # uniform again
+            rest = ((u - cfg.boundary_prob) / (1 - cfg.boundary_prob)).clamp(min=0)     # uniform again, or 0 for t'
             quantile = torch.from_numpy(special.stdtrit(cfg.nu, (low + (high - low) * rest).cpu().numpy())).to(u.device)
             t = torch.exp(cfg.mu + cfg.sigma * quantile).clamp(cfg.t_transition, cfg.t_max)
-            t[u < cfg.boundary_prob] = cfg.t_transition
         ratio = min(1 - cfg.q**-((step - cfg.warmup) // cfg.d + 1), cfg.ratio_limit)
         return t, (t - t * (1 - ratio) * (1 + cfg.k * torch.sigmoid(-cfg.b * t))).clamp(min=1e-6)
 
