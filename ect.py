@@ -83,8 +83,9 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=5200, warmup=1700, batch=32, lr=2e-3, lr_warmup=2e-3, t_ref=200, ema=0.998, P_mean=-0.2, P_std=1.6,
-                d=700, c=0.03, ts='80,1', ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
+    glyphs=dict(steps=5200, warmup=1700, batch=32, lr=2e-3, lr_warmup=2e-3, t_ref=200, ema=0.998,
+                P_mean=-0.2, P_std=1.6, d=700, c=0.03, ts='80,1',
+                ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
     cifar10=dict(init=EDM, warmup=200_000),
     imagenet64=dict(steps=100_000, warmup=50_000, lr=1e-3, lr_warmup=1e-3, opt='Adam', beta2=0.99, t_ref=2000,
                     P_mean=-0.8, P_std=1.6, q=4.0, c=0.06, weight='1/c_out^2', ts='80,1.526', cond=1, classes=1000,
@@ -190,7 +191,7 @@ class Loss(nn.Module):
         return [(ema, self.cfg.ema)]
 
     def levels(self, u, step):
-        """u uniform (B,) -> noise levels t > r (B,), float64. In the warm-up r = 0 and ln t ~ N(-1.2, 1.2^2), like EDM."""
+        """u uniform (B,) -> noise levels t > r (B,), float64. In the warm-up r = 0, ln t ~ N(-1.2, 1.2^2) as EDM."""
         cfg, warmup = self.cfg, step < self.cfg.warmup
         mean, std = (-1.2, 1.2) if warmup else (cfg.P_mean, cfg.P_std)
         t = torch.exp(mean + std * torch.special.ndtri(u.double()))

@@ -101,8 +101,8 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=5000, warmup=1700, stage1=1700, batch=32, batch_stage1=1.0, lr=1e-3, lr_stage1=2e-3, lr_warmup=2e-3,
-                t_ref=500, t_ref_stage1=300, ema=0.998, P_mean=-0.2, P_std=1.6, d=400, c=0.03, ts='80,1',
+    glyphs=dict(steps=5000, warmup=1700, stage1=1700, batch=32, batch_stage1=1.0, lr=1e-3, lr_stage1=2e-3,
+                lr_warmup=2e-3, t_ref=500, t_ref_stage1=300, ema=0.998, P_mean=-0.2, P_std=1.6, d=400, c=0.03, ts='80,1',
                 ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
     cifar10=dict(init=EDM, warmup=200_000),
     imagenet64=dict(steps=200_000, warmup=50_000, stage1=50_000, batch=1024, batch_stage1=2.0, lr=5e-4, lr_stage1=1e-3,
@@ -215,7 +215,7 @@ class Loss(nn.Module):
         return [(ema, power if self.cfg.ema_gamma else self.cfg.ema)]
 
     def levels(self, u, step):
-        """u uniform (B,) -> noise levels t > r (B,), float64. In the warm-up r = 0 and ln t ~ N(-1.2, 1.2^2), like EDM.
+        """u uniform (B,) -> noise levels t > r (B,), float64. In the warm-up r = 0, ln t ~ N(-1.2, 1.2^2) as EDM.
         In stage 2 u < boundary_prob gives t = t'."""
         cfg, u = self.cfg, u.double()
         if step < cfg.warmup: return torch.exp(-1.2 + 1.2 * torch.special.ndtri(u)), torch.zeros_like(u)

@@ -3,7 +3,8 @@
 # dependencies = ["torch", "numpy", "pillow", "scipy", "pytest"]
 # ///
 """
-Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k slow test_all.py (the default runs). Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
+Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k slow test_all.py (the default runs).
+Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
 """
 import ast, base64, difflib, importlib, io, json, math, os, pickle, re, signal, subprocess, sys, tarfile, time, zipfile
 from pathlib import Path
@@ -742,16 +743,17 @@ def test_image_i_is_a_function_of_seed_and_i(name, npz, tmp_path):
     def draw(*argv):
         go(name, '--out', tmp_path / 'run', '--sample', *argv, '--nfe', 2, '--save', tmp_path / 's.npz')
         return np.load(tmp_path / 's.npz')
-    base = draw(12)
-    assert base['arr_0'].shape == (12, 8, 8, 3) and base['arr_0'].dtype == np.uint8 and base['arr_1'].tolist() == [0, 1, 2, 3] * 3
+    base = draw(16)
+    assert base['arr_0'].shape == (16, 8, 8, 3) and base['arr_0'].dtype == np.uint8 and base['arr_1'].tolist() == [0, 1, 2, 3] * 4
+    assert len({image.tobytes() for image in base['arr_0']}) == 16
     near = lambda a, b: np.abs(a.astype(int) - b).max() <= 1
     assert near(draw(5, '--micro', 2)['arr_0'], base['arr_0'][:5])
     assert not near(draw(5, '--seed', 1)['arr_0'], base['arr_0'][:5])
     assert draw(4, '--label', 2)['arr_1'].tolist() == [2] * 4
-    done = run(name, '--out', tmp_path / 'run', '--sample', 12, '--nfe', 2, '--gpus', 2, '--device', 'cpu', '--save', tmp_path / 'png')
+    done = run(name, '--out', tmp_path / 'run', '--sample', 16, '--nfe', 2, '--gpus', 2, '--device', 'cpu', '--save', tmp_path / 'png')
     assert done.returncode == 0, done.stderr
     files = sorted((tmp_path / 'png').iterdir())
-    assert len(files) == 12 and near(np.stack([np.asarray(Image.open(f)) for f in files]), base['arr_0'])
+    assert len(files) == 16 and near(np.stack([np.asarray(Image.open(f)) for f in files]), base['arr_0'])
 
 
 # ----------------------------------------------------------------------------------------- real pictures, GPU, slow
