@@ -6,7 +6,7 @@
 Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k slow test_all.py (the default runs).
 Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
 """
-import ast, base64, difflib, importlib, io, json, math, os, pickle, re, signal, subprocess, sys, tarfile, time, zipfile
+import ast, difflib, importlib, io, json, math, os, pickle, re, signal, subprocess, sys, tarfile, time, zipfile
 from pathlib import Path
 
 import numpy as np
