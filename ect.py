@@ -647,7 +647,6 @@ def train(cfg, data, rank, world, device):
         if batch < world: stop(f'{world} processes for a batch of {batch}')
         if step == first:
             loss_fn.begin(ema)
-            ema.load_state_dict(net.state_dict())
             opt = new_optimiser()
         for group in opt.param_groups: group['lr'] = lr
 
