@@ -39,6 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn             # here, or a later import of it takes hold of the group and of its threads at exit
 import torch.multiprocessing as mp
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import special

@@ -572,6 +572,26 @@ def test_processes_and_micro_batches_do_not_change_the_run(name, npz, tmp_path):
 
 
 @every_method
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='reads the names of threads from Linux')
+def test_no_thread_of_a_process_group_outlives_it(name):
+    """torch._dynamo, which optimisers import when first used, otherwise keeps the group: an abort at exit, now and then."""
+    code = f"""
+import os, {name} as m
+m.dist.init_process_group('gloo', store=m.dist.HashStore(), rank=0, world_size=1)
+layer = m.nn.Linear(2, 2)
+step = m.nn.parallel.DistributedDataParallel(layer)
+step(m.torch.ones(1, 2)).sum().backward()
+m.torch.optim.RAdam(layer.parameters()).step()
+threads = lambda: ' '.join(open(f'/proc/self/task/{{t}}/comm').read().strip() for t in os.listdir('/proc/self/task'))
+print('gloo' in threads())
+del step
+m.dist.destroy_process_group()
+print('gloo' in threads())"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout.split() == ['True', 'False'], done.stderr
+
+
+@every_method
 def test_mixed_precision_trains_and_its_scaler_is_saved(name, npz, tmp_path):
     for amp in ('bf16', 'fp16'):
         saved = go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 8, '--amp', amp, '--out', tmp_path / amp)
