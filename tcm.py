@@ -103,9 +103,9 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=5600, warmup=2800, stage1=1300, batch=32, batch_stage1=1.0, lr=1.2e-3, lr_stage1=1.2e-3,
-                lr_warmup=2e-3, anneal=1, ema=0.998, P_mean=0.6, P_std=1.3, d=400, c=0.03, ts='80,1',
-                mu=0.9, sigma=0.7, nu=1.0,
+    glyphs=dict(steps=5900, warmup=2800, stage1=1600, batch=32, batch_stage1=1.0, lr=1.2e-3, lr_stage1=1.2e-3,
+                lr_warmup=2e-3, anneal=1, ema=0.998, P_mean=0.6, P_std=1.4, t_max=20.0, d=300, c=0.03,
+                weight='1/c_out^2', mu=0.9, sigma=0.7, nu=1.0, ts='20,1',
                 ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
     cifar10=dict(init=EDM, warmup=200_000),
     imagenet64=dict(steps=200_000, warmup=50_000, stage1=50_000, batch=1024, batch_stage1=2.0, lr=5e-4, lr_stage1=1e-3,
