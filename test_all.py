@@ -28,7 +28,7 @@ JPEGS = HERE.parent / 'shared' / 'cifar10-jpeg-10k.zip'
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason='needs ../shared/golden, outputs of the official code')
 needs_jpegs = pytest.mark.skipif(not JPEGS.exists(), reason='needs ../shared/cifar10-jpeg-10k.zip')
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-slow = pytest.mark.skipif('slow' not in sys.argv, reason='takes many minutes: pytest -k slow test_all.py')
+slow = pytest.mark.skipif(not any('slow' in word for word in sys.argv), reason='takes many minutes: pytest -k slow test_all.py')
 every_method = pytest.mark.parametrize('name', METHODS)
 
 METHOD_NAMES = {'CONFIG', 'PRESET', 'f', 'Loss', 'sample'}      # the only names whose text may differ between scripts
