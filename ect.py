@@ -55,6 +55,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     opt=('RAdam', 'optimiser [run_ecm.sh]', 'RAdam', 'Adam'),
     beta2=(0.999, 'second moment decay of the optimiser'),
     t_ref=(0, 'lr / sqrt(max(step / t_ref, 1)); 0: constant lr'),
+    anneal=(0, '1: after the warm-up the learning rate falls linearly, to 0 at the last step'),
     ema=(0.9999, 'decay of the averaged weights used for sampling [run_ecm.sh]'),
     clip=(math.inf, 'gradient norm limit'),
     P_mean=(-1.1, 'ln t ~ N(P_mean, P_std^2) [loss.py]'),
@@ -84,8 +85,8 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=5200, warmup=1700, batch=32, lr=2e-3, lr_warmup=2e-3, t_ref=200, ema=0.998,
-                P_mean=-0.2, P_std=1.6, d=700, c=0.03, ts='80,1',
+    glyphs=dict(steps=5600, warmup=3000, batch=32, lr=1.2e-3, lr_warmup=2e-3, anneal=1, ema=0.998,
+                P_mean=0.6, P_std=1.3, d=400, c=0.03, ts='80,1',
                 ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
     cifar10=dict(init=EDM, warmup=200_000),
     imagenet64=dict(steps=100_000, warmup=50_000, lr=1e-3, lr_warmup=1e-3, opt='Adam', beta2=0.99, t_ref=2000,
@@ -181,8 +182,9 @@ class Loss(nn.Module):
         """-> name, first step, learning rate, images per step. A phase starts from the EMA weights of the last one."""
         cfg = self.cfg
         if step < cfg.warmup: return 'diffusion', 0, cfg.lr_warmup, cfg.batch
-        decay = max((step - cfg.warmup) / cfg.t_ref, 1) ** -0.5 if cfg.t_ref else 1
-        return 'ect', cfg.warmup, cfg.lr * decay, cfg.batch
+        lr = cfg.lr / max((step - cfg.warmup) / cfg.t_ref, 1)**0.5 if cfg.t_ref else cfg.lr
+        if cfg.anneal: lr *= (cfg.steps - step) / (cfg.steps - cfg.warmup)
+        return 'ect', cfg.warmup, lr, cfg.batch
 
     def begin(self, ema):
         """Called as a phase begins."""
@@ -448,7 +450,7 @@ def glyphs(res=16, n=20_000, seed=0):
         ImageDraw.Draw(canvas).text((24, 24), digit, 255, font, anchor='mm', stroke_width=1)
         masks.append(np.asarray(canvas))
     masks, labels = torch.tensor(np.stack(masks))[:, None] / 255, torch.arange(n) % 10
-    spread = torch.tensor([0.12, 0.12, 0.08, 0.06, 0.06])[:, None]
+    spread = torch.tensor([0.08, 0.08, 0.05, 0.04, 0.04])[:, None]
     angle, shear, size, dx, dy = (torch.rand(5, n, generator=g) * 2 - 1) * spread
     cos, sin = 0.7 * size.exp() * angle.cos(), 0.7 * size.exp() * angle.sin()
     pose = torch.stack([cos, shear * cos - sin, dx, sin, shear * sin + cos, dy], 1).view(n, 2, 3)

@@ -63,6 +63,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     beta2=(0.999, 'second moment decay of the optimiser'),
     t_ref=(0, 'lr / sqrt(max(step / t_ref, 1)) in stage 2; 0: constant lr'),
     t_ref_stage1=(0, 'the same in stage 1'),
+    anneal=(0, '1: after the warm-up the learning rate falls linearly, to 0 at the last step'),
     ema=(0.9999, 'decay of the averaged weights used for sampling [README]'),
     ema_gamma=(0.0, 'decay (1 - 1/step)^(ema_gamma + 1) instead of ema; 0: ema'),
     clip=(1e6, 'gradient norm limit [ct_training_loop.py]'),
@@ -102,8 +103,9 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=5000, warmup=1700, stage1=1700, batch=32, batch_stage1=1.0, lr=1e-3, lr_stage1=2e-3,
-                lr_warmup=2e-3, t_ref=500, t_ref_stage1=300, ema=0.998, P_mean=-0.2, P_std=1.6, d=400, c=0.03, ts='80,1',
+    glyphs=dict(steps=5600, warmup=2800, stage1=1300, batch=32, batch_stage1=1.0, lr=1.2e-3, lr_stage1=1.2e-3,
+                lr_warmup=2e-3, anneal=1, ema=0.998, P_mean=0.6, P_std=1.3, d=400, c=0.03, ts='80,1',
+                mu=0.9, sigma=0.7, nu=1.0,
                 ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
     cifar10=dict(init=EDM, warmup=200_000),
     imagenet64=dict(steps=200_000, warmup=50_000, stage1=50_000, batch=1024, batch_stage1=2.0, lr=5e-4, lr_stage1=1e-3,
@@ -204,6 +206,7 @@ class Loss(nn.Module):
         if step < cfg.warmup: return 'diffusion', 0, cfg.lr_warmup, early
         lr, t_ref = (cfg.lr, cfg.t_ref) if step >= self.stage2 else (cfg.lr_stage1, cfg.t_ref_stage1)
         if t_ref: lr /= max((step - cfg.warmup) / t_ref, 1)**0.5
+        if cfg.anneal: lr *= (cfg.steps - step) / (cfg.steps - cfg.warmup)
         return ('stage 2', self.stage2, lr, cfg.batch) if step >= self.stage2 else ('stage 1', cfg.warmup, lr, early)
 
     def begin(self, ema):
@@ -489,7 +492,7 @@ def glyphs(res=16, n=20_000, seed=0):
         ImageDraw.Draw(canvas).text((24, 24), digit, 255, font, anchor='mm', stroke_width=1)
         masks.append(np.asarray(canvas))
     masks, labels = torch.tensor(np.stack(masks))[:, None] / 255, torch.arange(n) % 10
-    spread = torch.tensor([0.12, 0.12, 0.08, 0.06, 0.06])[:, None]
+    spread = torch.tensor([0.08, 0.08, 0.05, 0.04, 0.04])[:, None]
     angle, shear, size, dx, dy = (torch.rand(5, n, generator=g) * 2 - 1) * spread
     cos, sin = 0.7 * size.exp() * angle.cos(), 0.7 * size.exp() * angle.sin()
     pose = torch.stack([cos, shear * cos - sin, dx, sin, shear * sin + cos, dy], 1).view(n, 2, 3)

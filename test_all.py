@@ -257,6 +257,15 @@ def test_stages_of_tcm_follow_each_other():
     assert abs(decay - .982181667) < 1e-8                                       # power-function EMA at step 1000
 
 
+def test_learning_rate_anneals_to_zero_after_the_warmup():
+    for name in ('ect', 'tcm'):
+        cfg = config(name, '--anneal', 1, '--warmup', 10, '--steps', 110, '--lr', 2e-3, *(['--lr_stage1', 1e-3, '--stage1', 20] if name == 'tcm' else []))
+        loss = MODULES[name].Loss(toy(), cfg, None)
+        got = [loss.phase(s)[2] for s in (0, 9, 10, 20, 60, 109)]
+        early = 1e-3 if name == 'tcm' else 2e-3
+        np.testing.assert_allclose(got, [cfg.lr_warmup, cfg.lr_warmup, early, early * 0.9, 2e-3 * 0.5, 2e-3 * 0.01])
+
+
 # ----------------------------------------------------------------------------------------------------- oracles
 
 @needs_golden
