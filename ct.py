@@ -51,6 +51,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     steps=(800_000, 'optimiser steps K [Table 3]'),
     batch=(512, 'images per step over all processes [Table 3]'),
     lr=(4e-4, 'learning rate [Table 3]'),
+    anneal=(0, '1: the learning rate falls linearly, to 0 at the last step'),
     opt=('RAdam', 'optimiser [Table 3]', 'RAdam', 'Adam'),
     beta2=(0.999, 'second moment decay of the optimiser'),
     ema=(0.9999, 'decay of the averaged weights used for sampling [Table 3]'),
@@ -85,8 +86,8 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=8000, batch=32, lr=1e-3, ema=0.998, metric='l2', s0=4, s1=40, ts='80,1', flip=0, arch='ddpmpp',
-                ch=32, mult='1,1,2', blocks=1, attn='8', save_every=1000, log_every=50),
+    glyphs=dict(steps=6500, batch=32, lr=1.5e-3, anneal=1, ema=0.998, metric='l1', s0=4, s1=40, ts='80,1', flip=0,
+                arch='ddpmpp', ch=32, mult='1,1,2', blocks=1, attn='8', save_every=1000, log_every=50),
     cifar10=dict(),
     imagenet64=dict(batch=2048, lr=8e-6, ema=0.999943, s1=200, mu0=0.95, N=40, mu=0.95, ts='80,1.912844', cond=1,
                     classes=1000, arch='ddpmpp', ch=192, mult='1,2,3,4', blocks=3, attn='32,16,8', head_dim=64),
@@ -187,7 +188,8 @@ class Loss(nn.Module):
 
     def phase(self, step):
         """-> name, first step, learning rate, images per step."""
-        return 'cd' if self.teacher else 'ct', 0, self.cfg.lr, self.cfg.batch
+        lr = self.cfg.lr * (1 - step / self.cfg.steps if self.cfg.anneal else 1)
+        return 'cd' if self.teacher else 'ct', 0, lr, self.cfg.batch
 
     def begin(self, ema):
         """Called before the first step."""
@@ -505,7 +507,7 @@ def glyphs(res=16, n=20_000, seed=0):
         ImageDraw.Draw(canvas).text((24, 24), digit, 255, font, anchor='mm', stroke_width=1)
         masks.append(np.asarray(canvas))
     masks, labels = torch.tensor(np.stack(masks))[:, None] / 255, torch.arange(n) % 10
-    spread = torch.tensor([0.12, 0.12, 0.08, 0.06, 0.06])[:, None]
+    spread = torch.tensor([0.08, 0.08, 0.05, 0.04, 0.04])[:, None]
     angle, shear, size, dx, dy = (torch.rand(5, n, generator=g) * 2 - 1) * spread
     cos, sin = 0.7 * size.exp() * angle.cos(), 0.7 * size.exp() * angle.sin()
     pose = torch.stack([cos, shear * cos - sin, dx, sin, shear * sin + cos, dy], 1).view(n, 2, 3)

@@ -47,6 +47,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     steps=(400_000, 'optimiser steps K [paper]'),
     batch=(1024, 'images per step over all processes [paper]'),
     lr=(1e-4, 'learning rate [paper]'),
+    anneal=(0, '1: the learning rate falls linearly, to 0 at the last step'),
     opt=('RAdam', 'optimiser [paper]', 'RAdam', 'Adam'),
     beta2=(0.999, 'second moment decay of the optimiser'),
     ema=(0.99993, 'decay of the averaged weights used for sampling [paper]'),
@@ -77,7 +78,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=5000, batch=32, lr=1e-3, ema=0.998, s1=80, P_mean=-0.4, P_std=1.6, ts='80,1', flip=0,
+    glyphs=dict(steps=6500, batch=32, lr=1.5e-3, anneal=1, ema=0.998, s1=80, P_mean=0.0, P_std=1.6, ts='80,1', flip=0,
                 arch='ddpmpp', ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
     cifar10=dict(),
     imagenet64=dict(steps=800_000, batch=4096, ema=0.99997, ts='80,1.526', cond=1, classes=1000, arch='ddpmpp', ch=192,
@@ -176,7 +177,7 @@ class Loss(nn.Module):
 
     def phase(self, step):
         """-> name, first step, learning rate, images per step."""
-        return 'ict', 0, self.cfg.lr, self.cfg.batch
+        return 'ict', 0, self.cfg.lr * (1 - step / self.cfg.steps if self.cfg.anneal else 1), self.cfg.batch
 
     def begin(self, ema):
         """Called before the first step."""
@@ -440,7 +441,7 @@ def glyphs(res=16, n=20_000, seed=0):
         ImageDraw.Draw(canvas).text((24, 24), digit, 255, font, anchor='mm', stroke_width=1)
         masks.append(np.asarray(canvas))
     masks, labels = torch.tensor(np.stack(masks))[:, None] / 255, torch.arange(n) % 10
-    spread = torch.tensor([0.12, 0.12, 0.08, 0.06, 0.06])[:, None]
+    spread = torch.tensor([0.08, 0.08, 0.05, 0.04, 0.04])[:, None]
     angle, shear, size, dx, dy = (torch.rand(5, n, generator=g) * 2 - 1) * spread
     cos, sin = 0.7 * size.exp() * angle.cos(), 0.7 * size.exp() * angle.sin()
     pose = torch.stack([cos, shear * cos - sin, dx, sin, shear * sin + cos, dy], 1).view(n, 2, 3)
