@@ -193,8 +193,8 @@ class Loss(nn.Module):
         return [(ema, self.cfg.ema)]
 
     def levels(self, u, step):
-        """u uniform (B,) -> noise levels t > r (B,), float64: neighbours on the grid, each pair as likely as the lognormal
-        is between the two."""
+        """u uniform (B,) -> noise levels t > r (B,), float64: neighbours on the grid, each pair with the mass of the
+        lognormal between them."""
         cfg, N = self.cfg, self.schedule(step)
         sigma = grid(cfg, torch.arange(N, dtype=torch.float64, device=u.device), N)
         mass = torch.special.ndtr((sigma.log() - cfg.P_mean) / cfg.P_std).diff().cumsum(0)
