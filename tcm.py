@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn             # here, or a later import of it takes hold of the group and of its threads at exit
+import torch.distributed.nn             # imported after a group exists, it would keep that alive until exit
 import torch.multiprocessing as mp
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import special
@@ -166,9 +166,10 @@ def config(argv=None):
         cfg |= PRESET[recipe]
         if recipe != cfg['data']: cfg |= dict(init='none', cond=cfg['cond'] and int(labels is not None))
         cfg |= given | dict(res=side, resize='res' in given)
+        if cfg['init'] == 'none': cfg['init'] = cfg.get('teacher', 'none')     # distillation starts from its teacher
         if cfg['init'] != 'none': cfg['warmup'] = given.get('warmup', 0)       # the checkpoint is the diffusion model
     for name in 'steps batch lr lr_warmup ch blocks save_every log_every nfe gpus res'.split():
-        if cfg[name] <= 0: stop(f'--{name} must be positive, not {cfg[name]}')
+        if cfg.get(name, 1) <= 0: stop(f'--{name} must be positive, not {cfg[name]}')
     for name in 'ema dropout'.split():
         if not 0 <= cfg[name] < 1: stop(f'--{name} must be in [0, 1), not {cfg[name]}')
     halvings = len(numbers(cfg['mult'])) - 1
