@@ -78,8 +78,9 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=6500, batch=32, lr=1.5e-3, anneal=1, ema=0.998, s1=80, P_mean=0.0, P_std=1.6, ts='80,1', flip=0,
-                arch='ddpmpp', ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
+    glyphs=dict(steps=6500, batch=32, lr=1.5e-3, anneal=1, ema=0.998, s1=80, P_mean=0.0, P_std=1.6, t_max=20.0,
+                ts='20,1', flip=0, arch='ddpmpp', ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0,
+                save_every=1000, log_every=50),
     cifar10=dict(),
     imagenet64=dict(steps=800_000, batch=4096, ema=0.99997, ts='80,1.526', cond=1, classes=1000, arch='ddpmpp', ch=192,
                     mult='1,2,3,4', blocks=3, attn='32,16,8', head_dim=64, dropout=0.2),
