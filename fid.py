@@ -254,7 +254,7 @@ def obtain(url, size=None, sha256=None, *names, hint=''):
     download that broke off is taken up again. sha256 is checked always."""
     names, cache = (url.rsplit('/', 1)[1], *names), Path(torch.hub.get_dir(), 'checkpoints')
     path = next((p for n in names for p in (Path('datasets', n), cache / n) if p.exists()), cache / names[0])
-    facts = f'{url}{f", {size:,} bytes" * bool(size)}{f", sha256 {sha256}" * bool(sha256)}'
+    facts = f'{url}, {size:,} bytes, sha256 {sha256}' if sha256 else url
     if not path.exists():
         try:
             part = Path(f'{path}.part')
@@ -484,7 +484,7 @@ class Images:
             stop(f'{self.path} holds {dtype} of unstated range: give --range=-1,1, --range=0,1 or --range=0,255')
         if dtype.kind != 'f' and dtype != np.uint8: stop(f'{self.path} holds {dtype}, not uint8')
         if 1 == shape[1 if first else 3]: note(f'{self.path}: grey images repeated to 3 channels')
-        self.sha256 = hashlib.sha256(glyphs()[0].numpy()).hexdigest() if self.glyphs else sha256_of(self.path)
+        self.sha256 = hashlib.sha256(glyphs()[0].numpy().tobytes()).hexdigest() if self.glyphs else sha256_of(self.path)
 
     def pick(self, rows):
         """The images numbered rows (sorted) one after the other, each uint8 (H, W, 3)."""
@@ -620,6 +620,8 @@ def statistics(images, num, net, weights, cfg):
 def evaluate(sample, reference, net, cfg):
     """-> {column: value}; a metric without its input is None"""
     x, y, n = sample['features'], reference['features'], sample['meta'].get('n')
+    if sample['mu'].shape != reference['mu'].shape:
+        stop(f'the reference has {len(reference["mu"])} features, the samples {len(sample["mu"])}: not of one network')
     kind = 'FD-random' if cfg.weights == 'random' else {'inception': 'FID', 'dinov2': 'FD-DINOv2'}[cfg.model]
     row = {kind: frechet(sample['mu'], sample['sigma'], reference['mu'], reference['sigma'])}
     row[f'{kind}_inf'] = frechet_inf(x, reference['mu'], reference['sigma']) if x is not None and len(x) >= 10_000 else None
@@ -766,11 +768,12 @@ def main(argv=None):
     if size_of(ref): sizes[size_of(ref)] = ref_name
     if isinstance(ref, Images) and ref.n < 2: stop(f'{ref_name} holds one image')
     if len(sizes) > 1: stop('these are not of one size: ' + ', '.join(f'{p} {s[1]} x {s[0]}' for s, p in sizes.items()))
-    num = cfg.num or 50_000 * published
+    num, few = cfg.num or 50_000 * published, (50_000, '')
     for found, path in zip(samples, paths):
         n = found.n if isinstance(found, Images) else found['meta'].get('n', num)
         if n < max(num, 2): stop(f'{path} holds {n} images, fewer than {max(num, 2)}: make more, or compare fewer by --num')
-        if n < 2048: note(f'{path}: {num or n} images, fewer than features: biased upwards, compare equal numbers only')
+        few = min(few, (num or n, path))
+    if few[0] < 2048: note(f'{few[1]}: {few[0]} images, fewer than features: biased upwards, compare equal numbers only')
     net, weights = network(cfg)
     for found, path in zip([ref, *samples], [ref_name, *paths]):
         if not isinstance(found, Images): compatible(found, path, cfg, weights)
