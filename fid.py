@@ -34,6 +34,7 @@ covariance over n - 1. Where codes differ:
 import argparse, csv, hashlib, http.client, io, json, math, os, pickle, re, shutil, sys, tarfile, time
 import urllib.request, zipfile, zlib
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,8 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.nn.functional import affine_grid, avg_pool2d, batch_norm, gelu, grid_sample, interpolate, max_pool2d, pad, relu
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import affine_grid, avg_pool2d, batch_norm, gelu, grid_sample, interpolate, max_pool2d, pad
+from torch.nn.functional import relu, scaled_dot_product_attention
 
 METHOD = Path(__file__).stem
 
@@ -101,7 +102,7 @@ class Conv(nn.Module):
         padding = [k // 2 if padded and not stride else 0 for k in size]
         self.conv, self.bn = nn.Conv2d(cin, cout, size, int(stride or 1), padding, bias=False), Norm(cout)
 
-    def forward(self, x): return relu(self.bn(self.conv(x)))
+    def forward(self, x): return relu(self.bn(self.conv(x)), inplace=True)
 
     def fold(self):
         """The normalisation into the convolution: the same function, faster."""
@@ -165,8 +166,9 @@ class Inception(nn.Module):
                 768, 'branch1x1 192 1', f'branch7x7_1 {c} 1, branch7x7_2 {c} 1x7, branch7x7_3 192 7x1',
                 f'branch7x7dbl_1 {c} 1, branch7x7dbl_2 {c} 7x1, branch7x7dbl_3 {c} 1x7, branch7x7dbl_4 {c} 7x1, '
                 'branch7x7dbl_5 192 1x7', 'avg, branch_pool 192 1'))
-        self.Mixed_7a = Mixed(768, 'branch3x3_1 192 1, branch3x3_2 320 3/2', 'branch7x7x3_1 192 1, branch7x7x3_2 192 1x7, '
-                              'branch7x7x3_3 192 7x1, branch7x7x3_4 192 3/2', 'half')
+        self.Mixed_7a = Mixed(
+            768, 'branch3x3_1 192 1, branch3x3_2 320 3/2', 'branch7x7x3_1 192 1, branch7x7x3_2 192 1x7, '
+            'branch7x7x3_3 192 7x1, branch7x7x3_4 192 3/2', 'half')
         for letter, width, pool in (('b', 1280, 'avg'), ('c', 2048, 'top')):    # the last pools by maximum
             self.add_module(f'Mixed_7{letter}', Mixed(
                 width, 'branch1x1 320 1', 'branch3x3_1 384 1, branch3x3_2a 384 1x3 + branch3x3_2b 384 3x1',
@@ -262,8 +264,10 @@ def obtain(url, size=None, sha256=None, *names, hint=''):
             print(f'fetching {facts} to {path}', file=sys.stderr, flush=True)
             have = part.stat().st_size if part.exists() else 0
             request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                with open(part, 'ab' if answer.status == 206 else 'wb') as file: shutil.copyfileobj(answer, file)
+            if not size or have < size:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    with open(part, 'ab' if answer.status == 206 else 'wb') as file: shutil.copyfileobj(answer, file)
+                if answer.length: raise OSError(f'{answer.length:,} bytes are missing, the same command goes on')
             if sha256 and sha256_of(part) != sha256:
                 part.unlink()
                 stop(f'{url}: what came has another sha256 than {sha256}, deleted: start again', 1)
@@ -275,8 +279,8 @@ def obtain(url, size=None, sha256=None, *names, hint=''):
 
 
 def randomise(net):
-    """He-normal weights of a fixed seed; the first filters of zero mean (edges, not flat colour), the normalisations set
-    by what they see of 24 random pictures that mix five scales, biases 1: most units pass the ReLU, so that like images
+    """He-normal weights of a fixed seed; the first filters of zero mean (edges, not flat colour), normalisations set by
+    what they see of 24 random pictures that mix five scales, biases 1: most units pass the ReLU, so that like images
     have like features. Chosen for ranking glyphs sensibly; a function of nobody's data."""
     g = torch.Generator().manual_seed(0)
     for name, p in net.named_parameters():
@@ -356,7 +360,7 @@ def kernel_distance(x, y):
 def precision_recall(real, fake, k=3):
     """Share of fake within the k-neighbour balls of real, and the reverse."""
     real, fake = torch.from_numpy(real), torch.from_numpy(fake)
-    def covered(x, y):                  # share of x in a ball of y; its radius is that to the kth neighbour of its centre
+    def covered(x, y):                  # share of x in the balls of y; the centre is its own nearest neighbour
         radius = torch.cat([torch.cdist(b, y).topk(k + 1, largest=False).values[:, k] for b in y.split(1000)])
         return float(torch.cat([(torch.cdist(b, y) <= radius).any(1) for b in x.split(1000)]).double().mean())
     return covered(fake, real), covered(real, fake)
@@ -418,9 +422,10 @@ class Images:
             digest.update(f'{name} {len(data)} '.encode() + data)
             try: image = Image.open(io.BytesIO(data))           # reads the header only
             except BROKEN as error: stop(f'{self.path}/{name} cannot be read: {error}')
-            if image.mode not in ('RGB', 'L', 'P', '1') or 'transparency' in image.info:
-                alpha = ' with alpha' * ('A' in image.mode or 'transparency' in image.info)
-                stop(f'{self.path}/{name} is a {image.mode} picture{alpha}: convert it to 8-bit RGB or grey')
+            alpha, deep = 'A' in image.mode or 'transparency' in image.info, ';16' in str(image.tile)
+            if image.mode not in ('RGB', 'L', 'P', '1') or alpha or deep:
+                kind = image.mode + ' picture' + ' with alpha' * alpha + ' of 16 bits' * deep
+                stop(f'{self.path}/{name} is a {kind}: convert it to 8-bit RGB or grey')
             self.size = self.size or (image.height, image.width)
             if self.size != (image.height, image.width):
                 stop(f'{self.path}/{name} is {image.width} x {image.height}, {self.names[0]} is '
@@ -434,7 +439,7 @@ class Images:
     def array(self):
         """-> shape, dtype, and a function from sorted row numbers to an iterator of arrays"""
         kind = self.path.suffix.lower()
-        if self.glyphs: array = glyphs()[0][:4000].numpy()         # enough for a trial, minutes on a CPU
+        if self.glyphs: array = glyphs()[0][:2000].numpy()     # enough for a trial
         elif kind == '.npz': return self.stream()
         elif kind == '.npy': array = np.load(self.path, mmap_mode='r', allow_pickle=False)
         elif kind in ('.pt', '.pth'):
@@ -519,12 +524,19 @@ def load_images(path, span=None):
 
 class Arrays(pickle.Unpickler):
     """Reads EDM2's statistics, a pickle of dicts of numpy arrays; any other name in it is an error."""
-    KNOWN = {f'{package}.{name}': value for package in ('numpy.core.multiarray', 'numpy._core.multiarray', 'numpy',
-             '_codecs') for name, value in dict(_reconstruct=np.ndarray.__reduce__(np.zeros(0))[0], ndarray=np.ndarray,
-                                                dtype=np.dtype, encode=lambda text, _: text.encode('latin1')).items()}
+
+    KNOWN = {
+        'numpy.ndarray': np.ndarray,
+        'numpy.dtype': np.dtype,
+        'multiarray._reconstruct': np.zeros(0).__reduce__()[0],
+        'multiarray.scalar': lambda dtype, data: np.frombuffer(data, dtype)[0],
+        'numeric._frombuffer': lambda data, dtype, shape, order: np.frombuffer(data, dtype).reshape(shape, order=order),
+        '_codecs.encode': lambda text, _: text.encode('latin1'),
+    }
 
     def find_class(self, module, name):
-        if f'{module}.{name}' in self.KNOWN: return self.KNOWN[f'{module}.{name}']
+        short = f'{re.sub("^numpy._?core.", "", module)}.{name}'
+        if short in self.KNOWN: return self.KNOWN[short]
         raise pickle.UnpicklingError(f'it names {module}.{name}, which no statistics need')
 
 
@@ -541,7 +553,7 @@ def read_statistics(path, model='inception'):
             found = np.load(path, allow_pickle=False)
             if not {'mu', 'sigma'} <= set(found): return None
         mu, sigma = (np.asarray(found[k], np.float64) for k in ('mu', 'sigma'))
-        meta = json.loads(str(found['meta'])) if 'meta' in found else {}
+        meta = dict(json.loads(str(found['meta']))) if 'meta' in found else {}
         features = found['features'] if 'features' in found else None
     except (TypeError, AttributeError, IndexError, *BROKEN) as error:
         stop(f'{path} cannot be read: {type(error).__name__} {error}')
@@ -559,12 +571,12 @@ def extract(rank, world, net, images, rows, cfg, out):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     net, mine, start, told, waiting = net.to(device), rows[rank::world], time.time(), time.time(), []
     place = {int(i): k for k, i in enumerate(out['keep'])}
-    batch, pictures, live = cfg.batch or (16 if device.type == 'cpu' else 128), images.pick(mine), sys.stderr.isatty()
+    batch, pictures, live = cfg.batch or (8 if device.type == 'cpu' else 128), images.pick(mine), sys.stderr.isatty()
     for first in range(0, len(mine), batch):
         numbers = range(rank + first * world, rank + min(first + batch, len(mine)) * world, world)
         block = [next(pictures) for _ in numbers]
         for k, image in zip(numbers, block):
-            out['digests'][k] = int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), 'big', signed=True)
+            out['digests'][k] = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:7], 'big')
         with torch.inference_mode(): f = net(torch.from_numpy(np.stack(block)).to(device).permute(0, 3, 1, 2))[0].cpu()
         if not f.isfinite().all(): stop(f'{images.path}: the network returns NaN', 1)
         for k, row in zip(numbers, f):
@@ -578,7 +590,7 @@ def extract(rank, world, net, images, rows, cfg, out):
         if rank == 0 and (live or time.time() > told + 60 or done == len(mine)):
             told, pace = time.time(), (time.time() - start) / done
             print('\r' * live + f'{images.path}: {min(done * world, len(rows))} of {len(rows)} images, '
-                  f'{world / pace:.1f} img/s, {(len(mine) - done) * pace:.0f} s left  ',
+                  f'{world / pace:.1f} img/s, {timedelta(seconds=round((len(mine) - done) * pace))} left  ',
                   end='' if live and done < len(mine) else '\n', file=sys.stderr, flush=True)
 
 
@@ -595,20 +607,22 @@ def statistics(images, num, net, weights, cfg):
         found = read_statistics(cache)
         if found and {k: found['meta'].get(k) for k in key} == json.loads(json.dumps(key)): return found
     keep = np.unique(np.linspace(0, n - 1, min(n, 50_000)).astype(int))
-    out = dict(keep=keep, sum=torch.zeros(cfg.gpus, net.dim, dtype=torch.float64), digests=torch.zeros(n, dtype=torch.int64),
-               outer=torch.zeros(cfg.gpus, net.dim, net.dim, dtype=torch.float64), features=torch.zeros(len(keep), net.dim))
+    zeros = lambda *shape: torch.zeros(cfg.gpus, *shape, dtype=torch.float64)
+    out = dict(keep=keep, sum=zeros(net.dim), outer=zeros(net.dim, net.dim), features=torch.zeros(len(keep), net.dim),
+               digests=torch.zeros(n, dtype=torch.int64))
     job = cfg.gpus, net, images, np.sort(rows), cfg, out
     if cfg.gpus == 1: extract(0, *job)
     else:
-        for v in out.values(): isinstance(v, torch.Tensor) and v.share_memory_()
+        for name in ('sum', 'outer', 'features', 'digests'): out[name].share_memory_()
         try: mp.spawn(extract, job, cfg.gpus)
         except mp.ProcessExitedException as error: sys.exit(error.exit_code)
     same = n - len(out['digests'].unique())
     if same: note(f'{images.path}: {same} of {n} images are duplicates of another')
     mu = out['sum'].sum(0) / n
     sigma = (out['outer'].sum(0) - n * torch.outer(mu, mu)) / (n - 1)
-    meta = key | dict(source=str(images.path), duplicates=same, cov='n-1', date=time.strftime('%Y-%m-%d'), torch=torch.__version__,
-                      numpy=np.__version__, device='cuda' if torch.cuda.is_available() and cfg.device == 'auto' else 'cpu')
+    meta = key | dict(source=str(images.path), duplicates=same, cov='n-1', date=time.strftime('%Y-%m-%d'),
+                      device='cuda' if torch.cuda.is_available() and cfg.device == 'auto' else 'cpu',
+                      torch=torch.__version__, numpy=np.__version__)
     found = dict(mu=mu.numpy(), sigma=sigma.numpy(), features=out['features'].numpy(), meta=np.array(json.dumps(meta)))
     cache.parent.mkdir(exist_ok=True)
     if os.access(cache.parent, os.W_OK): write(cache, lambda file: np.savez(file, **found))
@@ -623,8 +637,9 @@ def evaluate(sample, reference, net, cfg):
     if sample['mu'].shape != reference['mu'].shape:
         stop(f'the reference has {len(reference["mu"])} features, the samples {len(sample["mu"])}: not of one network')
     kind = 'FD-random' if cfg.weights == 'random' else {'inception': 'FID', 'dinov2': 'FD-DINOv2'}[cfg.model]
-    row = {kind: frechet(sample['mu'], sample['sigma'], reference['mu'], reference['sigma'])}
-    row[f'{kind}_inf'] = frechet_inf(x, reference['mu'], reference['sigma']) if x is not None and len(x) >= 10_000 else None
+    mu, sigma = reference['mu'], reference['sigma']
+    row = {kind: frechet(sample['mu'], sample['sigma'], mu, sigma)}
+    row[f'{kind}_inf'] = frechet_inf(x, mu, sigma) if x is not None and len(x) >= 10_000 else None
     if kind == 'FID': row['IS'] = inception_score(x, net.fc.weight) if x is not None else None
     both = x is not None and y is not None and min(len(x), len(y)) > 3
     row['KID x1000' if kind == 'FID' else 'KD x1000'] = 1000 * kernel_distance(x, y) if both else None
@@ -639,8 +654,8 @@ def sheet(rows, path):
     scale = max(1, 48 // side)
     left = max(int(font.getlength(name)) for name, _ in rows) + 3 * gap
     strips = [np.concatenate(images, 1).repeat(scale, 0).repeat(scale, 1) for _, images in rows]
-    canvas = Image.new('RGB', (left + max(s.shape[1] for s in strips), sum(s.shape[0] + gap for s in strips) + gap), 'white')
-    y = gap
+    width, height = max(s.shape[1] for s in strips), sum(s.shape[0] + gap for s in strips)
+    canvas, y = Image.new('RGB', (left + width, height + gap), 'white'), gap
     for (name, _), strip in zip(rows, strips):
         ImageDraw.Draw(canvas).text((left - 2 * gap, y + strip.shape[0] // 2), name, 'black', font, anchor='rm')
         canvas.paste(Image.fromarray(strip), (left, y))
@@ -677,7 +692,9 @@ def curves(logs, path):
                     points, phase = [], row['phase']
                 if phase is not None and 0 < float(row[column]) < math.inf:
                     points.append(place(float(row['step']), float(row[column])))
-    for i in range(5): draw.text((left + width * i / 4, y0 + height + 4), f'{last * i / 4:g}', 'black', font, anchor='mt')
+    for i in range(5):
+        text = f'{last * i / 4:g}' if i else 'step 0'
+        draw.text((left + width * i / 4, y0 + height + 5), text, 'black', font, anchor='mt')
     for c, (name, _) in enumerate(logs):
         y = y0 + height + gap + 12 + 24 * c
         draw.line((left, y, left + 30, y), COLOURS[c % len(COLOURS)], 3)
@@ -689,11 +706,11 @@ def table(rows):
     """Aligned text of [{column: [values]}]: mean, and sd and minimum where there are several; * marks the best."""
     columns = [c for c in rows[0] if any(row[c] != [None] * len(row[c]) for row in rows)]
     best = {c: (max if c in ('IS', 'precision', 'recall') else min) for c in columns if c not in ('model', 'n')}
-    equal = len(rows) > 1 and len({str(row['n']) for row in rows}) == 1
+    equal = len(rows) > 1 and len({n for row in rows for n in row['n']}) == 1
 
     def cell(row, c):
         values = row[c]
-        if c not in best: return ' '.join(dict.fromkeys(map(str, values)))
+        if c not in best: return ' '.join(dict.fromkeys('-' if v is None else str(v) for v in values))
         if None in values: return '-'
         means = [np.mean(r[c]) for r in rows if None not in r[c]]
         text = f'{np.mean(values):.3f}'
@@ -713,17 +730,18 @@ def config(argv):
     add('paths', nargs='+', help='samples: .npz, .npy, .pt, .zip, a folder of pictures, a run folder (its samples.npz)')
     add('--ref', default='', help='cifar10, imagenet64, glyphs, or images or statistics by path or URL '
                                   '[cifar10 for 32 x 32, imagenet64 for 64 x 64, glyphs for 16 x 16]')
-    add('--num', type=int, default=0, help='images taken of each; fewer are an error [50000 for published references; all]')
+    add('--num', type=int, default=0,
+        help='images taken of each; fewer are an error [50000 for published references, else all]')
     add('--model', default='inception', choices=('inception', 'dinov2'))
     add('--weights', '--inception', default='', help='weight file of the model, or random [found or downloaded]')
-    add('--resize', default='tf', choices=('tf', 'pytorch-fid', 'clean'), help='convention of the Inception features [tf]')
+    add('--resize', default='tf', choices=('tf', 'pytorch-fid', 'clean'), help='convention of the features [tf]')
     add('--range', default='', choices=('-1,1', '0,1', '0,255'), help='of float arrays, as --range=-1,1')
     add('--mean', action='store_true', help='files of one folder are samples of one model: mean, sd, minimum')
     add('--json', action='store_true', help='print JSON')
-    add('--out', default='fid', help='several models: <out>-samples.png, and <out>-curves.png if there is a log.csv [fid]')
+    add('--out', default='fid', help='pictures of a comparison: <out>-samples.png, <out>-curves.png from log.csv [fid]')
     add('--gpus', type=int, default=1, help='processes, one per GPU')
     add('--device', default='auto', choices=('auto', 'cpu'))
-    add('--batch', type=int, default=0, help='images at once [128 on a GPU, 16 on the CPU]')
+    add('--batch', type=int, default=0, help='images at once [128 on a GPU, 8 on the CPU, which is fastest]')
     cfg = parser.parse_args(argv)
     cfg.span = [float(v) for v in cfg.range.split(',')] if cfg.range else None
     if cfg.num < 0 or cfg.batch < 0 or cfg.gpus < 1: stop('--num, --batch and --gpus must be positive')
@@ -738,28 +756,31 @@ def reference(cfg, size):
     if not name: stop(f'the samples are {size[1]} x {size[0]}: name what to compare them with by --ref')
     path, named = name, not Path(name).exists()
     if named and name in ('cifar10', 'imagenet64'):
-        published = cfg.model == 'inception' and cfg.resize == 'tf' and cfg.weights != 'random'
+        edm = cfg.model == 'inception' and cfg.resize == 'tf' and cfg.weights != 'random'
         file, local = {'cifar10': ('cifar10-32x32.npz', 'cifar-10-binary.tar.gz'),
                        'imagenet64': ('imagenet-64x64.npz', 'imagenet-64x64.zip')}[name]
-        if published: path = obtain(EDM_REFS + file, hint=f', or compute it: --ref datasets/{local}')
+        if edm: path = obtain(EDM_REFS + file, hint=f', or compute it: --ref datasets/{local}')
         else: path = obtain(*CIFAR10) if name == 'cifar10' else Path('datasets', local)
     elif '://' in name: path = obtain(name)
     found = read_statistics(path, cfg.model)
-    return name, named and name != 'glyphs' or bool(found and not found['meta']), found or Images(path, cfg.span)
+    published = named and name != 'glyphs' or bool(found and 'weights' not in found['meta'])
+    return name, published, found or Images(path, cfg.span)
 
 
 def compatible(found, path, cfg, weights):
     """Ends the program if the statistics were made in another way than these flags say."""
-    for key, here in dict(model=cfg.model, resize=cfg.resize if cfg.model == 'inception' else '', weights=weights).items():
+    way = dict(model=cfg.model, resize=cfg.resize if cfg.model == 'inception' else '', weights=weights)
+    for key, here in way.items():
         if found['meta'].get(key, here) != here: stop(f'{path} was made with {key} {found["meta"][key]}, not {here}')
     if 'weights' not in found['meta']:
         if weights == 'random': stop(f'{path} does not hold features of --weights random: take images as reference')
-        if 'resize' not in found['meta']: note(f'{path} does not say how it was made: taken for {cfg.model} {cfg.resize}')
+        if 'resize' not in found['meta']:
+            note(f'{path} does not say how it was made: assumed {cfg.model} {cfg.resize}')
 
 
 def main(argv=None):
     cfg = config(argv)
-    paths = [str(Path(p, 'samples.npz')) if Path(p, 'latest.pt').exists() else p for p in cfg.paths]
+    paths = [str(Path(p, 'samples.npz')) if Path(p, 'latest.pt').exists() else p for p in dict.fromkeys(cfg.paths)]
     samples = [read_statistics(p, cfg.model) or Images(p, cfg.span) for p in paths]
     size_of = lambda found: found.size if isinstance(found, Images) else tuple(found['meta'].get('size', ()))
     sizes = {size_of(s): p for s, p in zip(samples, paths) if size_of(s)}
@@ -771,9 +792,9 @@ def main(argv=None):
     num, few = cfg.num or 50_000 * published, (50_000, '')
     for found, path in zip(samples, paths):
         n = found.n if isinstance(found, Images) else found['meta'].get('n', num)
-        if n < max(num, 2): stop(f'{path} holds {n} images, fewer than {max(num, 2)}: make more, or compare fewer by --num')
+        if n < max(num, 2): stop(f'{path} holds {n} images, fewer than {max(num, 2)}: make more, or lower --num')
         few = min(few, (num or n, path))
-    if few[0] < 2048: note(f'{few[1]}: {few[0]} images, fewer than features: biased upwards, compare equal numbers only')
+    if few[0] < 2048: note(f'{few[1]}: {few[0]} images, fewer than features: biased upwards, compare equal numbers')
     net, weights = network(cfg)
     for found, path in zip([ref, *samples], [ref_name, *paths]):
         if not isinstance(found, Images): compatible(found, path, cfg, weights)
@@ -808,9 +829,10 @@ def short(names):
     """Paths without the folders, and the file name, that all have in common."""
     parts = [Path(name).parts for name in names]
     if len(parts) > 1 and len({p[-1] for p in parts}) == 1: parts = [p[:-1] for p in parts]
-    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1: parts = [p[1:] for p in parts]
+    while len(parts) > 1 and len({p[0] for p in parts}) == 1 < min(map(len, parts)): parts = [p[1:] for p in parts]
     return ['/'.join(p) for p in parts]
 
 
 if __name__ == '__main__':
-    main()
+    try: main()
+    except torch.OutOfMemoryError as error: stop(f'out of GPU memory, lower --batch: {error}', 1)

@@ -1158,8 +1158,11 @@ def test_statistics_files_are_exchanged_with_edm_adm_and_edm2(small, capfd):
     assert mu.dtype == sigma.dtype == np.float64
     np.savez('edm.npz', mu=mu, sigma=sigma)
     np.savez('adm.npz', arr_0=pictures(4, 8, 9), mu=mu, sigma=sigma, mu_s=mu[:3], sigma_s=sigma[:3, :3])
-    Path('edm2.pkl').write_bytes(pickle.dumps(dict(num_images=40, fid=dict(mu=mu, sigma=sigma), fd_dinov2=dict(mu=2 * mu, sigma=sigma))))
-    for name in ('edm.npz', 'adm.npz', 'edm2.pkl', 'ref.npy.inception-tf.fid'):
+    for protocol in (2, 4, 5):
+        content = dict(num_images=np.int64(40), fid=dict(mu=mu, sigma=sigma), fd_dinov2=dict(mu=2 * mu, sigma=sigma))
+        Path(f'edm2-{protocol}.pkl').write_bytes(pickle.dumps(content, protocol))
+    assert (fid.read_statistics('edm2-4.pkl', 'dinov2')['mu'] == 2 * mu).all()
+    for name in ('edm.npz', 'adm.npz', 'edm2-2.pkl', 'edm2-4.pkl', 'edm2-5.pkl', 'ref.npy.inception-tf.fid'):
         result, err = score(capfd, 's.npz', '--ref', name, '--num', 40)
         row, = result['models']
         assert row['FID'] == direct['models'][0]['FID'] and row['IS'] == direct['models'][0]['IS'], name
@@ -1200,6 +1203,11 @@ def bad_inputs(folder):
     save('la', alpha.convert('LA'))
     save('tp', palette, transparency=0)
     save('deep', Image.fromarray(np.full((8, 8), 1000, np.uint16)))
+    import struct, zlib
+    (folder / 'deeprgb').mkdir()
+    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    (folder / 'deeprgb' / '0.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0))
+                                               + chunk(b'IDAT', zlib.compress((b'\0' + bytes(8 * 6)) * 8)) + chunk(b'IEND', b''))
     save('cmyk', rgb.convert('CMYK'), ext='jpg')
     save('floatf', Image.fromarray(np.zeros((8, 8), np.float32)), ext='tif')
     save('mixed', rgb.resize((9, 8)))
@@ -1234,7 +1242,7 @@ def bad_inputs(folder):
 
 @pytest.mark.parametrize('name, message', [
     ('rgba', 'rgba/1.png is a RGBA picture with alpha'), ('la', 'la/1.png is a LA picture with alpha'), ('tp', 'tp/1.png is a P picture with alpha'),
-    ('deep', 'deep/1.png is a I;16 picture'), ('cmyk', 'cmyk/1.jpg is a CMYK picture'), ('floatf', 'floatf/1.tif is a F picture'),
+    ('deep', 'deep/1.png is a I;16 picture'), ('deeprgb', 'deeprgb/0.png is a RGB picture of 16 bits'), ('cmyk', 'cmyk/1.jpg is a CMYK picture'), ('floatf', 'floatf/1.tif is a F picture'),
     ('mixed', 'mixed/1.png is 9 x 8, 0.png is 8 x 8'), ('empty', 'empty holds no images'), ('text', 'text/0.png cannot be read'),
     ('cut', 'cut/0.png cannot be read'), ('float.npy', 'float.npy holds float64 of unstated range'), ('int.npy', 'int.npy holds int64, not uint8'),
     ('object.npy', 'object.npy cannot be read'), ('object.npz', 'object.npz holds object (2,)'), ('flat.npy', 'flat.npy holds uint8 (6, 192, 1)'[:20]),
@@ -1286,8 +1294,8 @@ def test_a_subset_is_edms(small, capfd):
 
 # ---- weights and references
 
-def serve(content, name):
-    """A web server on this machine that knows Range -> (url, list of requests)"""
+def serve(content, name, cut=10**9):
+    """A web server on this machine that knows Range and hangs up after `cut` bytes -> (url, list of requests)"""
     import http.server, threading
     seen = []
 
@@ -1296,8 +1304,9 @@ def serve(content, name):
             start = int((self.headers['Range'] or 'bytes=0-')[6:-1])
             seen.append(start)
             self.send_response(206 if self.headers['Range'] else 200)
+            self.send_header('Content-Length', len(content) - start)
             self.end_headers()
-            self.wfile.write(content[start:])
+            self.wfile.write(content[start:start + cut])
 
         def log_message(self, *args): pass
     server = http.server.HTTPServer(('127.0.0.1', 0), Handler)
@@ -1314,9 +1323,15 @@ def test_downloads_resume_and_are_checked(tmp_path, monkeypatch, capfd):
     path = fid.obtain(url, 100_000, digest)
     assert path == tmp_path / 'hub' / 'checkpoints' / 'w.pth' and path.read_bytes() == content and seen == [0]
     assert fid.obtain(url, 100_000, digest) == path and seen == [0]             # found
-    path.rename(f'{path}.part')
-    Path(f'{path}.part').write_bytes(content[:30_000])
-    assert fid.obtain(url, 100_000, digest) == path and seen == [0, 30_000] and path.read_bytes() == content
+    path.unlink()
+    for size, sha256 in ((100_000, digest), (None, None)):                      # of EDM's references no hash is published
+        broken, at = serve(content, 'w.pth', 60_000)
+        with pytest.raises(SystemExit): fid.obtain(broken, size, sha256)
+        assert '40,000 bytes are missing' in capfd.readouterr().err and not path.exists()
+        assert fid.obtain(broken, size, sha256) == path and at == [0, 60_000] and path.read_bytes() == content
+        path.unlink()
+    Path(f'{path}.part').write_bytes(content)                                   # all of it, but stopped before the renaming
+    assert fid.obtain(url, 100_000, digest) == path and seen == [0] and path.read_bytes() == content
     path.write_bytes(content[:-1])
     with pytest.raises(SystemExit): fid.obtain(url, 100_000, digest)
     assert f'{path} has not the sha256' in capfd.readouterr().err
@@ -1415,7 +1430,8 @@ def test_a_comparison_of_runs_leaves_table_contact_sheet_and_curves(small, tmp_p
     assert (picture[y:y + 48, left:left + 48] == first).all() and picture.shape[0] == 3 * 54 + 6
     plot = np.asarray(Image.open('fid-curves.png')).reshape(-1, 3)
     for colour in ((0x1f, 0x6f, 0xb4), (0xd9, 0x5f, 0x02)): assert (plot == colour).all(1).sum() > 200
-    result, _ = score(capfd, *(f'runs/{r}/samples.npz' for r in ('ect', 'tcm')), 'runs/ect/samples.npz', '--ref', 'ref.npy', '--mean')
+    np.savez('runs/ect/again.npz', arr_0=pictures(40, 8, 5))
+    result, _ = score(capfd, *(f'runs/{r}.npz' for r in ('ect/samples', 'tcm/samples', 'ect/again')), '--ref', 'ref.npy', '--mean')
     assert [len(r['FID']) for r in result['models']] == [2, 1]
 
 
