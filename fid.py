@@ -12,7 +12,7 @@ reference; lower is better. In the same pass: FID_inf, its limit for endless sam
 Forsyth 2020); the inception score (Salimans et al. 2016; 10 splits in order); KID x 1000 (Binkowski et al. 2018; 100
 subsets of 1000); precision and recall (Kynkaanniemi et al. 2019; k = 3, in the same features, not VGG's). A metric
 without its input (KID, precision and recall need features, a published statistics file has only mu and sigma; FID_inf
-needs 10,000 samples) is '-'.
+needs 10,000 samples) is '-' or left out.
 
     python fid.py samples.npz                               # 32 x 32: against CIFAR-10's training images
     python fid.py runs/*/samples.npz                        # a table, fid-samples.png and fid-curves.png
@@ -332,19 +332,28 @@ def frechet(mu1, sigma1, mu2, sigma2):
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
 
+def gaussian(features):
+    """Features (N, D) -> mean (D,), covariance (D, D) in float64, in blocks: 50,000 features are 0.8 GB in float64."""
+    mu = features.mean(0, dtype=np.float64)
+    blocks = (b - mu for b in np.array_split(features, len(features) // 2000 + 1))
+    return mu, sum(b.T @ b for b in blocks) / (len(features) - 1)
+
+
 def frechet_inf(features, mu, sigma):
     """Limit of the distance for endless samples, the reference (mu, sigma) fixed: the intercept of a line in 1/n
     through 15 random subsets of 5000 to all of the features (N, D)."""
     rng, sizes = np.random.RandomState(0), np.linspace(5000, len(features), 15).astype(int)
-    subsets = (features[rng.choice(len(features), size, replace=False)].astype(np.float64) for size in sizes)
-    return float(np.polyfit(1 / sizes, [frechet(s.mean(0), np.cov(s.T), mu, sigma) for s in subsets], 1)[1])
+    subsets = (features[rng.choice(len(features), size, replace=False)] for size in sizes)
+    return float(np.polyfit(1 / sizes, [frechet(*gaussian(s), mu, sigma) for s in subsets], 1)[1])
 
 
 def inception_score(features, weight):
     """exp of the mean KL divergence between the class probabilities of an image and of all; mean of 10 splits."""
-    p = (torch.from_numpy(features).double() @ weight.double().T).log_softmax(1)
-    splits = [p[len(p) * i // 10:len(p) * (i + 1) // 10] for i in range(10)]
-    return float(np.mean([(s.exp() * (s - s.exp().mean(0).log())).sum(1).mean().exp().item() for s in splits]))
+    def one(x):
+        p = (torch.from_numpy(x).double() @ weight.double().T).log_softmax(1)
+        return (p.exp() * (p - p.logsumexp(0) + math.log(len(p)))).sum(1).mean().exp().item()
+    n = len(features)
+    return float(np.mean([one(features[n * i // 10:n * (i + 1) // 10]) for i in range(10)]))
 
 
 def kernel_distance(x, y):
@@ -388,7 +397,7 @@ def glyphs(res=16, n=20_000, seed=0):
 
 
 KINDS = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
-BROKEN = (OSError, ValueError, EOFError, KeyError, RuntimeError, SyntaxError, Image.DecompressionBombError,
+BROKEN = (OSError, TypeError, ValueError, EOFError, KeyError, RuntimeError, SyntaxError, Image.DecompressionBombError,
           tarfile.TarError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
 
 
@@ -493,7 +502,7 @@ class Images:
 
     def pick(self, rows):
         """The images numbered rows (sorted) one after the other, each uint8 (H, W, 3)."""
-        rows = [int(i) for i in rows]
+        rows, i = [int(i) for i in rows], 0
         try:
             if self.pictures:
                 content = self.files()[1]
@@ -555,7 +564,7 @@ def read_statistics(path, model='inception'):
         mu, sigma = (np.asarray(found[k], np.float64) for k in ('mu', 'sigma'))
         meta = dict(json.loads(str(found['meta']))) if 'meta' in found else {}
         features = found['features'] if 'features' in found else None
-    except (TypeError, AttributeError, IndexError, *BROKEN) as error:
+    except (AttributeError, IndexError, *BROKEN) as error:
         stop(f'{path} cannot be read: {type(error).__name__} {error}')
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         stop(f'{path} holds mu {mu.shape}, sigma {sigma.shape}: not finite statistics')
@@ -640,7 +649,7 @@ def evaluate(sample, reference, net, cfg):
     mu, sigma = reference['mu'], reference['sigma']
     row = {kind: frechet(sample['mu'], sample['sigma'], mu, sigma)}
     row[f'{kind}_inf'] = frechet_inf(x, mu, sigma) if x is not None and len(x) >= 10_000 else None
-    if kind == 'FID': row['IS'] = inception_score(x, net.fc.weight) if x is not None else None
+    if kind == 'FID': row['IS'] = inception_score(x, net.fc.weight) if x is not None and len(x) >= 10 else None
     both = x is not None and y is not None and min(len(x), len(y)) > 3
     row['KID x1000' if kind == 'FID' else 'KD x1000'] = 1000 * kernel_distance(x, y) if both else None
     row['precision'], row['recall'] = precision_recall(y, x) if both else (None, None)

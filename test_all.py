@@ -929,6 +929,7 @@ def test_frechet_of_gaussians_in_closed_form():
     rng = np.random.default_rng(0)
     a, b, m = rng.uniform(0, 2, 300), rng.uniform(0, 2, 300), rng.standard_normal(300)
     a[:120] = b[80:200] = 0             # exact zeros, not the same
+    a[250:] = 1e-7                      # small, but no rounding
     expected = (m**2).sum() + ((a**0.5 - b**0.5)**2).sum()
     assert abs(fid.frechet(m, np.diag(a), 0 * m, np.diag(b)) - expected) < 1e-9 * expected
     q = np.linalg.qr(rng.standard_normal((300, 300)))[0]
@@ -1270,6 +1271,10 @@ def test_statistics_pickles_run_nothing(tmp_path, capfd):
     (tmp_path / 'x.pkl').write_bytes(pickle.dumps(dict(fid=Evil())))
     with pytest.raises(SystemExit) as end: fid.read_statistics(tmp_path / 'x.pkl')
     assert end.value.code == 2 and 'which no statistics need' in capfd.readouterr().err and not (tmp_path / 'owned').exists()
+    for name in ('mu', 'meta', 'features'):
+        np.savez(tmp_path / 'x.npz', **{**dict(mu=np.zeros(4), sigma=np.eye(4)), name: np.array([Evil()], object)})
+        with pytest.raises(SystemExit): fid.read_statistics(tmp_path / 'x.npz')
+        assert 'x.npz cannot be read' in capfd.readouterr().err and not (tmp_path / 'owned').exists()
 
 
 def test_duplicates_jpeg_and_few_images_are_said(small, tmp_path, capfd):
