@@ -702,8 +702,8 @@ def curves(logs, path):
                 if phase is not None and 0 < float(row[column]) < math.inf:
                     points.append(place(float(row['step']), float(row[column])))
     for i in range(5):
-        text = f'{last * i / 4:g}' if i else 'step 0'
-        draw.text((left + width * i / 4, y0 + height + 5), text, 'black', font, anchor='mt')
+        text, anchor = 'step ' * (i == 4) + f'{last * i / 4:g}', 'rt' if i == 4 else 'mt'
+        draw.text((left + width * i / 4, y0 + height + 10), text, 'black', font, anchor=anchor)
     for c, (name, _) in enumerate(logs):
         y = y0 + height + gap + 12 + 24 * c
         draw.line((left, y, left + 30, y), COLOURS[c % len(COLOURS)], 3)
