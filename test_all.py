@@ -380,10 +380,10 @@ def test_warmup_is_edms_loss():
         torch.testing.assert_close(loss(x, None, u, z, 4), expected)
 
 
-@pytest.mark.parametrize('name', ['ect', 'tcm'])
+@pytest.mark.parametrize('name', ['ict', 'ect', 'tcm'])
 def test_gradient_flows_through_f_at_t_alone(name):
     net = Toy(0.6, 1.4, 2).double()
-    loss = MODULES[name].Loss(net, config(name, '--data', 'cifar10', *(['--stage1', 0] if name == 'tcm' else [])), None)
+    loss = MODULES[name].Loss(net, config(name, '--data', 'cifar10', *{'tcm': ['--stage1', 0], 'ict': ['--c', 0]}.get(name, [])), None)
     g = torch.Generator().manual_seed(0)
     x, z = (torch.randn(4, 3, 8, 8, generator=g, dtype=torch.float64) for _ in range(2))
     t, r = torch.tensor([1.2, 2, 5, 70]).double(), torch.tensor([1.1, 1.5, 4, 69]).double()
@@ -394,13 +394,14 @@ def test_gradient_flows_through_f_at_t_alone(name):
         d = (MODULES[name].f(lambda v, c, y=None: a * torch.tanh(1.4 * v) + 0.1 * v.flip(2), x + t.view(-1, 1, 1, 1) * z, t) - target)
         return float((d.flatten(1).norm(dim=1) / (t - r)).mean())
     assert abs(float(net.a.grad) - (value(0.6 + h) - value(0.6 - h)) / 2 / h) < 1e-4
-    assert name == 'ect' or loss.teacher.a.grad is None
+    assert name != 'tcm' or loss.teacher.a.grad is None
 
 
-@pytest.mark.parametrize('name', ['ect', 'tcm'])
+@pytest.mark.parametrize('name', ['ict', 'ect', 'tcm'])
 def test_student_and_target_share_dropout_masks(name):
     """With r = t and equal weights the two outputs cancel only if the masks are the same, for the frozen network too."""
-    cfg = config(name, *TINY, '--res', 8, '--dropout', 0.5, '--warmup', 0, *(['--stage1', 0, '--t_transition', 2] if name == 'tcm' else []))
+    more = {'ict': [], 'ect': ['--warmup', 0], 'tcm': ['--warmup', 0, '--stage1', 0, '--t_transition', 2]}[name]
+    cfg = config(name, *TINY, '--res', 8, '--dropout', 0.5, *more)
     loss = MODULES[name].Loss(MODULES[name].UNet(cfg), cfg, None)
     for p in loss.net.parameters(): torch.nn.init.normal_(p, std=0.2)
     if name == 'tcm': loss.begin(loss.net)
