@@ -55,7 +55,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     opt=('RAdam', 'optimiser [run_ecm.sh]', 'RAdam', 'Adam'),
     beta2=(0.999, 'second moment decay of the optimiser'),
     t_ref=(0, 'lr / sqrt(max(step / t_ref, 1)); 0: constant lr'),
-    anneal=(0, '1: after the warm-up the learning rate falls linearly, to 0 at the last step'),
+    anneal=(0, '1: the learning rate falls linearly to 0 after the warm-up'),
     ema=(0.9999, 'decay of the averaged weights used for sampling [run_ecm.sh]'),
     clip=(math.inf, 'gradient norm limit'),
     P_mean=(-1.1, 'ln t ~ N(P_mean, P_std^2) [loss.py]'),
@@ -85,8 +85,8 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=6000, warmup=3000, batch=32, lr=1.2e-3, lr_warmup=2e-3, anneal=1, ema=0.998,
-                P_mean=0.9, P_std=1.4, d=400, c=0.03, weight='1/c_out^2', ts='20,1',
+    glyphs=dict(steps=6500, warmup=3000, batch=32, lr=1.2e-3, lr_warmup=2e-3, anneal=1, ema=0.998,
+                P_mean=0.0, P_std=1.3, d=400, c=0.03, weight='1/c_out^2', ts='20,1',
                 ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
     cifar10=dict(init=EDM, warmup=200_000),
     imagenet64=dict(steps=100_000, warmup=50_000, lr=1e-3, lr_warmup=1e-3, opt='Adam', beta2=0.99, t_ref=2000,

@@ -63,7 +63,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     beta2=(0.999, 'second moment decay of the optimiser'),
     t_ref=(0, 'lr / sqrt(max(step / t_ref, 1)) in stage 2; 0: constant lr'),
     t_ref_stage1=(0, 'the same in stage 1'),
-    anneal=(0, '1: after the warm-up the learning rate falls linearly, to 0 at the last step'),
+    anneal=(0, '1: the learning rate falls linearly to 0 in each stage'),
     ema=(0.9999, 'decay of the averaged weights used for sampling [README]'),
     ema_gamma=(0.0, 'decay (1 - 1/step)^(ema_gamma + 1) instead of ema; 0: ema'),
     clip=(1e6, 'gradient norm limit [ct_training_loop.py]'),
@@ -103,8 +103,8 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=5900, warmup=2800, stage1=1600, batch=32, batch_stage1=1.0, lr=1.2e-3, lr_stage1=1.2e-3,
-                lr_warmup=2e-3, anneal=1, ema=0.998, P_mean=0.6, P_std=1.4, t_max=20.0, d=300, c=0.03,
+    glyphs=dict(steps=6100, warmup=2800, stage1=2000, batch=32, batch_stage1=1.0, lr=1.2e-3, lr_stage1=1.2e-3,
+                lr_warmup=2e-3, anneal=1, ema=0.998, P_mean=0.0, P_std=1.3, t_max=20.0, d=300, c=0.03,
                 weight='1/c_out^2', mu=0.9, sigma=0.7, nu=1.0, ts='20,1',
                 ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, save_every=1000, log_every=50),
     cifar10=dict(init=EDM, warmup=200_000),
@@ -206,8 +206,9 @@ class Loss(nn.Module):
         if step < cfg.warmup: return 'diffusion', 0, cfg.lr_warmup, early
         lr, t_ref = (cfg.lr, cfg.t_ref) if step >= self.stage2 else (cfg.lr_stage1, cfg.t_ref_stage1)
         if t_ref: lr /= max((step - cfg.warmup) / t_ref, 1)**0.5
-        if cfg.anneal: lr *= (cfg.steps - step) / (cfg.steps - cfg.warmup)
-        return ('stage 2', self.stage2, lr, cfg.batch) if step >= self.stage2 else ('stage 1', cfg.warmup, lr, early)
+        first, end = (self.stage2, cfg.steps) if step >= self.stage2 else (cfg.warmup, self.stage2)
+        if cfg.anneal: lr *= (end - step) / (end - first)
+        return ('stage 2', first, lr, cfg.batch) if step >= self.stage2 else ('stage 1', first, lr, early)
 
     def begin(self, ema):
         """Called as a phase begins."""

@@ -257,13 +257,13 @@ def test_stages_of_tcm_follow_each_other():
     assert abs(decay - .982181667) < 1e-8                                       # power-function EMA at step 1000
 
 
-def test_learning_rate_anneals_to_zero_after_the_warmup():
+def test_learning_rate_anneals_to_zero_in_each_stage():
     for name in ('ect', 'tcm'):
         cfg = config(name, '--anneal', 1, '--warmup', 10, '--steps', 110, '--lr', 2e-3, *(['--lr_stage1', 1e-3, '--stage1', 20] if name == 'tcm' else []))
         loss = MODULES[name].Loss(toy(), cfg, None)
-        got = [loss.phase(s)[2] for s in (0, 9, 10, 20, 60, 109)]
-        early = 1e-3 if name == 'tcm' else 2e-3
-        np.testing.assert_allclose(got, [cfg.lr_warmup, cfg.lr_warmup, early, early * 0.9, 2e-3 * 0.5, 2e-3 * 0.01])
+        got = [loss.phase(s)[2] for s in (0, 9, 10, 20, 29, 30, 70, 109)]
+        stages = [2e-3, 1.8e-3, 1.62e-3, 1.6e-3, 0.8e-3, 2e-5] if name == 'ect' else [1e-3, 0.5e-3, 0.05e-3, 2e-3, 1e-3, 2.5e-5]
+        np.testing.assert_allclose(got, [cfg.lr_warmup, cfg.lr_warmup, *stages])
 
 
 # ----------------------------------------------------------------------------------------------------- oracles
@@ -1081,7 +1081,7 @@ def test_slow_default_run_leaves_legible_digits_of_all_classes_and_colours(name,
         share, sure = p.argmax(1).bincount(minlength=10) / 1000, (p.max(1).values > 0.5).float().mean()
         print(f'{name}, {nfe} steps: {sure:.3f} recognised, shares {share.min():.3f} to {share.max():.3f}, '
               f'spread of colours {colours.min():.2f} to {colours.max():.2f} of the data, {time.time() - began:.0f} s')
-        assert sure > (0.87, 0.93)[nfe - 1] and share.min() > 0.05 and share.max() < 0.16 and 0.6 < colours.min() < colours.max() < 1.2
+        assert sure > (0.87, 0.93)[nfe - 1] and share.min() > 0.05 and share.max() < 0.16 and 0.65 < colours.min() < colours.max() < 1.2
 
 
 # --------------------------------------------------------------------------------------------------------- fid
