@@ -839,7 +839,7 @@ def short(names):
     parts = [Path(name).parts for name in names]
     if len(parts) > 1 and len({p[-1] for p in parts}) == 1: parts = [p[:-1] for p in parts]
     while len(parts) > 1 and len({p[0] for p in parts}) == 1 < min(map(len, parts)): parts = [p[1:] for p in parts]
-    return ['/'.join(p) for p in parts]
+    return [str(Path(*p)) for p in parts]
 
 
 if __name__ == '__main__':

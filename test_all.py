@@ -1680,6 +1680,7 @@ def test_random_features_are_never_called_fid(small, capfd):
 
 
 def test_table_is_aligned_marks_the_best_and_not_across_numbers():
+    assert fid.short(['/a/b/samples.npz']) == ['/a/b/samples.npz'] and fid.short(['r/a/s.npz', 'r/b/s.npz']) == ['a', 'b']
     row = lambda name, values, n, p: dict(model=[name], FID=values, IS=[None] * len(values), precision=[p] * len(values), n=[n] * len(values))
     lines = fid.table([row('a', [3.0, 1.0, 2.0], 50000, 0.7), row('longer', [1.5] * 3, 50000, 0.6)]).splitlines()
     assert lines[0].split() == ['model', 'FID', 'precision', 'n']
