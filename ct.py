@@ -193,7 +193,6 @@ class Loss(nn.Module):
 
     def begin(self, ema):
         """Called before the first step."""
-        self.target.load_state_dict(self.net.state_dict())
 
     def schedule(self, k):
         """Step k -> N(k), mu(k) [App. C; mu as in the code]."""
