@@ -5,7 +5,7 @@
 """
 ct.py  Consistency models: consistency training and distillation (Song et al. 2023, arXiv:2303.01469).
 
-Trains f(x_t, t) -> x_eps, the start of the probability-flow ODE, by
+Trains f(x_t, t) -> x_eps, the end of the probability-flow ODE, by
 
     min E  d( f(x_t, t), f_-(x_r, r) ),     x_t = x + t z,  x_r = x + r z,
 
@@ -51,7 +51,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     steps=(800_000, 'optimiser steps K [Table 3]'),
     batch=(512, 'images per step over all processes [Table 3]'),
     lr=(4e-4, 'learning rate [Table 3]'),
-    anneal=(0, '1: the learning rate falls linearly, to 0 at the last step'),
+    anneal=(0, '1: the learning rate falls linearly to 0'),
     opt=('RAdam', 'optimiser [Table 3]', 'RAdam', 'Adam'),
     beta2=(0.999, 'second moment decay of the optimiser'),
     ema=(0.9999, 'decay of the averaged weights used for sampling [Table 3]'),
@@ -167,8 +167,10 @@ def f(net, x, t, labels=None):
 
     EDM's preconditioning shifted so that f(x, eps) = x [App. C]; net is the raw network F."""
     t = t.to(x).view(-1, 1, 1, 1)
-    c_skip, c_out = SD**2 / ((t - EPS)**2 + SD**2), SD * (t - EPS) / (t**2 + SD**2).sqrt()
-    return c_skip * x + c_out * net(x / (t**2 + SD**2).sqrt(), t.flatten().log() / 4, labels)
+    c_skip, c_in = SD**2 / ((t - EPS)**2 + SD**2), 1 / (t**2 + SD**2).sqrt()
+    c_out = (t - EPS) * SD / (t**2 + SD**2).sqrt()
+    return c_skip * x + c_out * net(c_in * x, t.flatten().log() / 4, labels)
+
 
 def grid(cfg, i, N):
     """The i-th of N noise levels, i = 0 for eps and N - 1 for t_max [Karras et al. 2022, eq. 5], float64 like i"""

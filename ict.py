@@ -5,7 +5,7 @@
 """
 ict.py  Improved consistency training (Song & Dhariwal 2023, arXiv:2310.14189).
 
-Trains f(x_t, t) -> x_eps, the start of the probability-flow ODE, by
+Trains f(x_t, t) -> x_eps, the end of the probability-flow ODE, by
 
     min E  w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),     x_t = x + t z,  x_r = x + r z,     w(t, r) = 1/(t - r),
 
@@ -19,8 +19,8 @@ t is the standard deviation of the noise, in units of images in [-1, 1]; eps = 0
     python ict.py --out runs/ict-cifar10 --sample 50000 --nfe 2 --save samples.npz
 
 Differs from ct.py only in: the target is the network itself with the same dropout mask, no average; d and w; the
-lognormal proposal; N doubles in stages; Fourier scale 0.02; dropout; learning rate, batch, EMA. There is no official
-code; where the paper's text was not at hand the source says so:
+lognormal proposal; N doubles in stages; Fourier scale 0.02; dropout; learning rate, batch, EMA; no distillation, LPIPS
+or editing. There is no official code; where the paper's text was not at hand the source says so:
 - From second-hand copies of the paper: N(k), proposal, d, w, EMA, batch, RAdam's learning rate.
 - From memory: dropout 0.3 (ImageNet-64: 0.2, there on all resolutions, in the paper on those of 16 and below), flips,
   the ImageNet-64 EMA and length.
@@ -47,7 +47,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     steps=(400_000, 'optimiser steps K [paper]'),
     batch=(1024, 'images per step over all processes [paper]'),
     lr=(1e-4, 'learning rate [paper]'),
-    anneal=(0, '1: the learning rate falls linearly, to 0 at the last step'),
+    anneal=(0, '1: the learning rate falls linearly to 0'),
     opt=('RAdam', 'optimiser [paper]', 'RAdam', 'Adam'),
     beta2=(0.999, 'second moment decay of the optimiser'),
     ema=(0.99993, 'decay of the averaged weights used for sampling [paper]'),
@@ -160,8 +160,10 @@ def f(net, x, t, labels=None):
 
     EDM's preconditioning shifted so that f(x, eps) = x [App. C]; net is the raw network F."""
     t = t.to(x).view(-1, 1, 1, 1)
-    c_skip, c_out = SD**2 / ((t - EPS)**2 + SD**2), SD * (t - EPS) / (t**2 + SD**2).sqrt()
-    return c_skip * x + c_out * net(x / (t**2 + SD**2).sqrt(), t.flatten().log() / 4, labels)
+    c_skip, c_in = SD**2 / ((t - EPS)**2 + SD**2), 1 / (t**2 + SD**2).sqrt()
+    c_out = (t - EPS) * SD / (t**2 + SD**2).sqrt()
+    return c_skip * x + c_out * net(c_in * x, t.flatten().log() / 4, labels)
+
 
 def grid(cfg, i, N):
     """The i-th of N noise levels, i = 0 for eps and N - 1 for t_max [Karras et al. 2022, eq. 5], float64 like i"""
