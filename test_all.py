@@ -18,10 +18,10 @@ from scipy import stats
 torch.set_num_threads(1)              # the networks here are tiny
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-METHODS = [name for name in ('ct', 'ict', 'ect', 'sct', 'scm', 'tcm') if (HERE / f'{name}.py').exists()]
-SCRIPTS = METHODS + [name for name in ('fid',) if (HERE / f'{name}.py').exists()]
+METHODS = ['ct', 'ict', 'ect', 'sct', 'scm', 'tcm']
+SCRIPTS = METHODS + ['fid']
 MODULES = {name: importlib.import_module(name) for name in METHODS}
-ct, ict, ect, tcm = (MODULES[name] for name in ('ct', 'ict', 'ect', 'tcm'))
+ct, ict, ect, sct, scm, tcm = (MODULES[name] for name in METHODS)
 
 GOLDEN = HERE.parent / 'shared' / 'golden'
 JPEGS = HERE.parent / 'shared' / 'cifar10-jpeg-10k.zip'
@@ -31,9 +31,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GP
 slow = pytest.mark.skipif(not any('slow' in word for word in sys.argv), reason='takes many minutes: pytest -k slow test_all.py')
 every_method = pytest.mark.parametrize('name', METHODS)
 
-METHOD_NAMES = {'CONFIG', 'PRESET', 'f', 'Loss', 'sample'}      # the only names whose text may differ between scripts
+METHOD_NAMES = {'CONFIG', 'PRESET', 'f', 'Loss', 'sample'}      # the only names whose text may differ between scripts, and
+OWN = {'sct': {'generate', 'write_samples'},                    # where a method's own network or sampler enters, by a few
+       'scm': {'Block', 'UNet', 'generate', 'write_samples'}}   # lines: scm's double normalisation, sct's segments
 TINY = '--ch 8 --mult 1,2 --blocks 1 --attn 4 --batch 8 --log_every 2 --dropout 0 --lr 1e-3'.split()
 PHASES = {'ct': ['--metric', 'l2'], 'ict': [], 'ect': ['--warmup', '4', '--lr_warmup', '1e-3'],
+          'sct': ['--warmup', '4', '--lr_warmup', '1e-3'],
+          'scm': ['--warmup', '4', '--lr_warmup', '1e-3', '--dropout_warmup', '0', '--H', '4'],
           'tcm': ['--warmup', '3', '--lr_warmup', '1e-3', '--stage1', '3', '--lr_stage1', '1e-3']}
 
 
@@ -115,8 +119,14 @@ def test_a_name_that_two_methods_share_has_the_same_text_and_place():
     for name in METHODS:
         shared = pieces(name)
         for n, text in shared.items():
-            assert n in METHOD_NAMES or texts.setdefault(n, text) == text, f'{n} in {name}.py has drifted'
+            if n not in METHOD_NAMES | OWN.get(name, set()):
+                assert texts.setdefault(n, text) == text, f'{n} in {name}.py has drifted'
         order[name] = list(shared)
+    for name, own in OWN.items():
+        for n in own:
+            lines = difflib.ndiff(texts[n].splitlines(), pieces(name)[n].splitlines())
+            changed = [line for line in lines if line[0] in '+-' and line[1:].strip()]
+            assert 0 < len(changed) <= 20, (name, n, len(changed))
     for a in METHODS:
         for b in METHODS:
             assert [n for n in order[a] if n in order[b]] == [n for n in order[b] if n in order[a]], f'order of {a}, {b}'
@@ -146,11 +156,10 @@ def test_every_knob_is_used_and_explained(name, capsys):
 
 def test_what_a_reader_sees_side_by_side():
     for a, b in (('ct', 'ict'), ('ict', 'ect'), ('ect', 'sct'), ('ect', 'scm'), ('ect', 'tcm')):
-        if not {a, b} <= set(METHODS): continue
         diff = list(difflib.unified_diff(*((HERE / f'{n}.py').read_text().splitlines() for n in (a, b)), n=0))
         changed = sum(line[0] in '+-' for line in diff) - 2
         print(f'{a}.py -> {b}.py: {changed} changed lines')
-        assert 0 < changed < (270 if a == "ct" else 250)          # ct.py alone has LPIPS and edits
+        assert 0 < changed < {'ict': 270, 'scm': 320}.get(b, 250)      # ct.py alone has LPIPS and edits; scm.py a network
 
 
 # -------------------------------------------------------------------------------------------------- identities
@@ -284,7 +293,8 @@ def test_network_and_pickle_reader_agree_with_edm(name, arch):
 @every_method
 def test_network_gives_edms_numbers_without_a_file(name):
     """Sums of EDM's outputs for weights set by a rule on EDM's parameter names."""
-    net = MODULES[name].UNet(config(name, '--res', 16, '--ch', 16, '--mult', '2,2', '--blocks', 1, '--attn', 8)).eval()
+    net = MODULES[name].UNet(config(name, '--res', 16, '--ch', 16, '--mult', '2,2', '--blocks', 1, '--attn', 8,
+                                    '--arch', 'ddpmpp')).eval()
     places = dict(zip((f'enc.{i}.' for i in range(4)), ('16x16_conv', '16x16_block0', '8x8_down', '8x8_block0')))
     places |= dict(zip((f'dec.{i}.' for i in range(7)), ('8x8_in0', '8x8_in1', '8x8_block0', '8x8_block1', '16x16_up',
                                                          '16x16_block0', '16x16_block1')))
@@ -664,6 +674,525 @@ def test_ict_loss_by_hand():
         assert abs(float(value[b]) * float(t[b] - r[b]) - (math.sqrt(S + c * c) - c)) < 1e-12
     assert abs(0.00054 * math.sqrt(3 * 32 * 32) - 0.029929838) < 1e-8
 
+
+# ---------------------------------------------------------------------------------------------------------- sct
+
+def scalars(*values): return torch.tensor(values, dtype=torch.float64).view(-1, 1, 1, 1)
+
+
+def test_posterior_mean_of_two_points_is_tanh_and_tweedies_score():
+    x, t = torch.linspace(-3, 3, 50).double().requires_grad_(), 0.7
+    m = sct.posterior_mean(x.view(-1, 1, 1, 1), torch.full((50, 1, 1, 1), t, dtype=torch.float64), scalars(-0.6, 0.6)).flatten()
+    torch.testing.assert_close(m, 0.6 * torch.tanh(0.6 * x / t**2).detach(), rtol=1e-12, atol=1e-14)
+    density = torch.logsumexp(torch.stack([-(x - a)**2 / 2 / t**2 for a in (-0.6, 0.6)]), 0)
+    score, = torch.autograd.grad(density.sum(), x)
+    torch.testing.assert_close((m - x.detach()) / t**2, score, rtol=1e-10, atol=1e-12)
+
+
+def test_posterior_mean_is_unbiased_for_every_number_of_references():
+    """Enumeration: x uniform on three points, the other references drawn with and without replacement; and the same set
+    without x is biased. The variance given x_t falls with n."""
+    points, x_t, t = [-1.0, 0.3, 0.9], 0.4, 0.8
+    likelihood = np.exp([-(x_t - p)**2 / 2 / t**2 for p in points])
+    posterior = likelihood / likelihood.sum()
+    exact, spread = posterior @ points, []
+
+    def mean(refs): return sct.posterior_mean(scalars(x_t), scalars(t), scalars(*refs)).item()
+
+    for n in range(1, 5):
+        sets = {'others with replacement': [(own, others) for own in range(3) for others in np.ndindex(*[3] * (n - 1))],
+                'the distinct of them': [(own, sorted({own, *o} - {own})) for own in range(3) for o in np.ndindex(*[3] * (n - 1))],
+                'without replacement': [(own, o) for own in range(3) for o in __import__('itertools').permutations(
+                    set(range(3)) - {own}, n - 1)] if n < 4 else []}
+        for kind, cases in sets.items():
+            if not cases: continue
+            per = [[mean([points[i] for i in (own, *others)]) for o, others in cases if o == own] for own in range(3)]
+            first, second = (sum(w * np.mean(np.power(v, k)) for w, v in zip(posterior, per)) for k in (1, 2))
+            assert abs(first - exact) < 1e-12, (kind, n)
+            if kind == 'others with replacement': spread.append(second - first**2)
+            if n > 1 and kind == 'others with replacement':
+                without = [[mean([points[i] for i in others]) for o, others in cases if o == own] for own in range(3)]
+                assert abs(sum(w * np.mean(v) for w, v in zip(posterior, without)) - exact) > 0.02
+    assert all(b < 0.9 * a for a, b in zip(spread, spread[1:])), spread
+
+
+def test_posterior_mean_at_its_ends_in_any_order_and_in_float32():
+    g = torch.Generator().manual_seed(0)
+    y, z = torch.rand(64, 3, 32, 32, generator=g) * 2 - 1, torch.randn(64, 3, 32, 32, generator=g)
+    for t in (1e-3, 0.1, 3.0, 12.0, 80.0):
+        t = torch.full((64, 1, 1, 1), t)
+        m = sct.posterior_mean(y + t * z, t, y)
+        exact = sct.posterior_mean((y + t * z).double(), t.double(), y.double())
+        assert m.isfinite().all() and (m - exact).abs().max() < 2e-3
+        torch.testing.assert_close(sct.posterior_mean(y + t * z, t, y.flip(0)), m, rtol=0, atol=2e-3)
+        if t[0] <= 0.1: torch.testing.assert_close(m, y, rtol=0, atol=0)        # x alone, exactly
+    far = torch.full((64, 1, 1, 1), 1e6)
+    torch.testing.assert_close(sct.posterior_mean(y + far * z, far, y), y.mean(0, keepdim=True).expand(64, -1, -1, -1), atol=1e-3, rtol=0)
+    same = torch.arange(64) % 4 == torch.arange(64)[:, None] % 4
+    m = sct.posterior_mean(y + 50 * z, torch.full((64, 1, 1, 1), 50.0), y, same)
+    for c in range(4):
+        own = sct.posterior_mean((y + 50 * z)[c::4], torch.full((16, 1, 1, 1), 50.0), y[c::4])
+        torch.testing.assert_close(m[c::4], own, rtol=0, atol=1e-6)
+
+
+def sct_loss(*argv, data=None, net=None):
+    cfg = config('sct', '--data', 'cifar10', '--init', 'none', '--warmup', 0, *argv)
+    return sct.Loss(net or toy(), cfg, data)
+
+
+def seen_by(loss):
+    """Makes the loss record what its network is given -> list of (input, time)"""
+    seen, net = [], loss.net
+    loss.net = lambda x, c, y=None: seen.append((x, c)) or net(x, c, y)
+    return seen
+
+
+def test_sct_target_lies_between_x_t_and_the_mean():
+    """The three forms of x_r, for the whole batch as references; r = 0 gives the mean itself, r = t gives x_t."""
+    loss = sct_loss()
+    x, z = torch.randn(2, 5, 3, 4, 4).double()
+    t = torch.tensor([0.1, 0.5, 1, 2, 9]).double()
+    for r in (0.5 * t, t * 0.999, t):
+        seen = seen_by(loss := sct_loss())
+        loss.pair(x, None, z, t, r, 0)
+        x_r = seen[0][0] * (r.view(-1, 1, 1, 1)**2 + 0.25).sqrt()
+        x_t = x + t.view(-1, 1, 1, 1) * z
+        logits = torch.tensor([[-(a - b).square().sum() / 2 / s**2 for b in x] for a, s in zip(x_t, t)])
+        m = torch.einsum('bn,nchw->bchw', logits.softmax(1), x)
+        ratio = (r / t).view(-1, 1, 1, 1)
+        torch.testing.assert_close(x_r, ratio * x_t + (1 - ratio) * m, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(x_r, x_t + (r - t).view(-1, 1, 1, 1) * (x_t - m) / t.view(-1, 1, 1, 1), rtol=1e-9, atol=1e-9)
+    value = loss.pair(x, None, z, t, torch.zeros(5).double(), 0)
+    expected = torch.linalg.vector_norm(sct.f(toy(), x_t, t) - m, dim=(1, 2, 3)) / t
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
+    assert (m - x).abs().amax((1, 2, 3))[-1] > 0.5          # not the sample itself
+
+
+def test_sct_gradient_reaches_the_student_at_t_only():
+    net = Toy(0.7, 1.5, 3).double()
+    x, z = torch.randn(2, 4, 3, 4, 4).double()
+    t, r = torch.tensor([0.3, 1, 2, 6]).double(), torch.tensor([0, 0.5, 1.9, 3]).double()
+    sct_loss(net=net).pair(x, None, z, t, r, 0).sum().backward()
+    got, net.a.grad = net.a.grad.clone(), None
+    tb, rb = t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1)
+    m = sct.posterior_mean(x + tb * z, tb, x)
+    x_r = m + rb * (x + tb * z - m) / tb
+    target = torch.where(rb > 0, sct.f(net, x_r, r.clamp(min=1e-9)), x_r).detach()
+    (torch.linalg.vector_norm(sct.f(net, x + tb * z, t) - target, dim=(1, 2, 3)) / (t - r)).sum().backward()
+    torch.testing.assert_close(got, net.a.grad, rtol=1e-8, atol=0)
+
+
+def test_sct_with_one_reference_is_ect_bit_for_bit(npz, tmp_path):
+    flags = ['--data', npz, *TINY, *PHASES['ect'], '--steps', 14, '--d', 3, '--dropout', 0.2]
+    a = go('ect', *flags, '--out', tmp_path / 'ect')
+    b = go('sct', *flags, '--out', tmp_path / 'sct', '--refs', 1)
+    assert_same(a['ema'], b['ema'], rtol=0, atol=0)
+    c = go('sct', *flags, '--out', tmp_path / 'sct0')
+    assert any((a['ema'][k] != c['ema'][k]).any() for k in a['ema'])
+
+
+def test_sct_schedule_is_ects_where_a_stage_begins():
+    u = torch.linspace(0.01, 0.99, 99)
+    smooth, staged, e = sct_loss(), sct_loss('--smooth', 0), ect.Loss(toy(), config('ect', '--data', 'cifar10'), None)
+    for a in range(8):
+        step = a * 25_000
+        torch.testing.assert_close(smooth.levels(u, step)[1], e.levels(u, step)[1], rtol=1e-12, atol=0)
+        half, before, after = (smooth.levels(u, step + s)[1] for s in (12_500, 12_499, 12_501))
+        assert (before <= half).all() and (half <= after).all() and (half > e.levels(u, step)[1]).any()
+        torch.testing.assert_close(staged.levels(u, step + 24_999)[1], e.levels(u, step)[1], rtol=0, atol=0)
+        t = torch.exp(torch.special.ndtri(u.double()) * 2 - 1.1)
+        r = (t - t * (1 + 8 / (1 + t.exp())) * 2**-(a + 1.5)).clamp(min=0)
+        torch.testing.assert_close(half, r, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('cond, flip, refs', [(0, 0, 0), (0, 0, 12), (0, 1, 30), (0, 0, 99), (0, 1, 99), (1, 0, 9), (1, 1, 99)])
+def test_reference_set_holds_the_batch_once_and_others_of_its_classes(cond, flip, refs):
+    images = torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(40) % 4
+    loss = sct_loss('--batch', 8, '--refs', refs, '--flip', flip, '--cond', cond, '--res', 4, '--micro', 3, data=(images, labels))
+    for step in (3, 4):
+        index, _, flips, _ = sct.draw(loss.cfg, 40, 8, step, 'cpu')
+        y, classes = loss.references(torch.zeros(1), None, step)
+        again, _ = loss.references(torch.zeros(1), None, step)
+        assert torch.equal(y, again)
+        bytes_ = [a.numpy().tobytes() for a in ((y + 1) * 127.5).round().to(torch.uint8)]
+        own = [(images[i].flip(2) if f else images[i]).numpy().tobytes() for i, f in zip(index, flips)]
+        if not refs: assert bytes_ == own; continue
+        assert len(set(bytes_)) == len(bytes_) and set(own) <= set(bytes_)
+        members = 40 * (1 + flip) if not cond else 10 * (1 + flip)
+        groups = len(set((labels[index]).tolist())) if cond else 1
+        assert len(bytes_) == min(refs, members) * groups
+        if cond: assert set(classes.tolist()) == set(labels[index].tolist())
+    assert not torch.equal(loss.references(torch.zeros(1), None, 5)[0][:8], y[:8])
+
+
+def test_every_image_of_a_reference_set_is_equally_likely_to_be_the_sample():
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 1, 1)
+    loss = sct_loss('--batch', 2, '--refs', 3, '--res', 1, '--mult', '1', data=(images, None))
+    count = {}
+    for step in range(6000):
+        index = sct.draw(loss.cfg, 5, 2, step, 'cpu')[0]
+        key = tuple(sorted(((loss.references(torch.zeros(1), None, step)[0][:, 0, 0, 0] + 1) * 127.5).round().tolist()))
+        count.setdefault(key, [0, 0, 0])[key.index(index[0].item())] += 1
+    assert len(count) == 10
+    assert min(stats.chisquare(v).pvalue for v in count.values()) > 1e-3
+
+
+def test_reference_set_does_not_depend_on_processes_or_micro_batches(npz, tmp_path):
+    flags = ['--data', npz, *TINY, *PHASES['sct'], '--steps', 10, '--cond', 1, '--flip', 1, '--refs', 9, '--device', 'cpu']
+    whole = go('sct', *flags, '--out', tmp_path / 'a')
+    parts = go('sct', *flags, '--out', tmp_path / 'b', '--micro', 3)
+    assert_same(whole['ema'], parts['ema'], rtol=1e-3, atol=2e-6)
+    assert run('sct', *flags, '--out', tmp_path / 'c', '--gpus', 2).returncode == 0
+    two = torch.load(tmp_path / 'c' / 'latest.pt', weights_only=True)
+    assert_same(whole['ema'], two['ema'], rtol=1e-3, atol=2e-6)
+
+
+def test_sct_target_varies_less_the_more_references():
+    """The variance over x of the target point x_r given x_t, on glyphs at t = 4: 600 of them are the data, so that the
+    posterior is known. ECT : SCT with 32 : with all."""
+    images = sct.glyphs(16, 600)[0].double() / 127.5 - 1
+    g = torch.Generator().manual_seed(0)
+    t, variance = scalars(4.0), {}
+    for refs in (1, 32, 600):
+        errors = []
+        for trial in range(60):
+            order = torch.randperm(600, generator=torch.Generator().manual_seed(trial))[:32]
+            x_t = images[order[:1]] + 4 * torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(trial)).double()
+            m = sct.posterior_mean(x_t, t, images[order[:refs]] if refs < 600 else images)
+            errors.append((m - sct.posterior_mean(x_t, t, images)).square().sum().item())
+        variance[refs] = np.mean(errors)
+    print('mean squared distance of the target from its conditional mean:', variance)
+    assert variance[600] < 1e-12 < variance[32] < 0.8 * variance[1]
+
+
+def test_phases_keep_r_and_the_target_within_the_segment():
+    loss = sct_loss('--edges', '0.5,2,6', '--refs', 1)
+    u = torch.linspace(0.001, 0.999, 999)
+    t, r = loss.levels(u, 0)
+    edges = np.array([0, 0.5, 2, 6])
+    lower = torch.from_numpy(edges[np.searchsorted(edges, t.numpy()) - 1])
+    assert (r >= lower).all() and (r < t).all() and (r == lower).any() and (r > lower).any()
+    plain = sct_loss('--refs', 1).levels(u, 0)[1]
+    assert torch.equal(r, torch.maximum(plain, lower))
+    assert loss.edge(torch.tensor([0.5, 0.500001, 2.0, 80.0]).double()).tolist() == [0, 0.5, 0.5, 6]
+    x, s = torch.randn(3, 3, 4, 4).double(), scalars(0.5, 2, 6)
+    torch.testing.assert_close(sct.f(toy(), x, s, None, s), x, rtol=1e-12, atol=1e-12)         # f(x, s, s) = x
+    torch.testing.assert_close(sct.f(toy(), x, s + 1, None, 0 * s), sct.f(toy(), x, s + 1))     # one segment: CM
+    z, t = torch.randn(3, 3, 4, 4).double(), torch.tensor([0.3, 1.0, 4.0]).double()
+    s, tb = loss.edge(t), t.view(-1, 1, 1, 1)
+    target = x + s.view(-1, 1, 1, 1) * z                    # at the edge: the point x_r itself
+    line = (s / t).view(-1, 1, 1, 1)
+    out = line * (x + tb * z) + (1 - line) * sct.f(toy(), x + tb * z, t)
+    expected = torch.linalg.vector_norm(out - target, dim=(1, 2, 3)) / (t - s)
+    torch.testing.assert_close(loss.pair(x, None, z, t, s, 0), expected, rtol=1e-10, atol=0)
+
+
+def test_edge_skipping_sampler_is_its_formula():
+    z, edges, eta = torch.randn(2, 3, 4, 4).double(), [0.5, 2.0], 0.8
+    x, t = 20 * z, 20.0
+    for s in (2.0, 0.5, 0.0):
+        h = sct.f(toy(), x, torch.full((2,), t), None, torch.full((2, 1, 1, 1), s).double())    # to the edge
+        x, t = x + (eta * s - t) / (s - t) * (h - x), eta * s                                   # and past it
+    torch.testing.assert_close(sct.sample(toy(), z, [20.0], edges=edges, eta=eta), x, rtol=1e-6, atol=1e-6)         # times are float32
+    a = torch.randn(1, 3, 4, 4).double()
+
+    def point_mass(x, c, y=None):           # the raw network whose denoiser is a everywhere
+        t = torch.exp(4 * c).view(-1, 1, 1, 1)
+        return (a - 0.25 / (t**2 + 0.25).sqrt() * x) * (t**2 + 0.25).sqrt() / (0.5 * t)
+    for edges, eta in (([], 1.0), ([1.0], 1.0), ([0.3, 1.0, 5.0], 0.7)):
+        torch.testing.assert_close(sct.sample(point_mass, z, [20.0], edges=edges, eta=eta), a.expand(2, -1, -1, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_mixes_the_two_predictions():
+    x, t = torch.randn(3, 3, 4, 4).double(), torch.tensor([0.2, 1, 30]).double()
+    strong, weak = toy(0.7), toy(0.2, 0.5, 2)
+    for w in (0.0, 1.0, 1.7):
+        mixed = sct.f(sct.Guided(strong, weak, w), x, t)
+        low, high = sct.f(weak, x, t), sct.f(strong, x, t)
+        torch.testing.assert_close(mixed, low + w * (high - low), rtol=1e-12, atol=1e-12)
+    c = t.log() / 4
+    assert torch.equal(sct.Guided(strong, weak, 1.0)(x, c), strong(x, c))
+    assert torch.equal(sct.Guided(strong, strong, 3.0)(x, c), strong(x, c))
+
+
+def test_weak_model_is_the_average_half_way_and_guides_samples(npz, tmp_path, capfd):
+    flags = ['--data', npz, *TINY, *PHASES['sct'], '--refs', 8, '--anneal', 0]
+    saved = go('sct', *flags, '--steps', 14, '--out', tmp_path / 'a')
+    half = go('sct', *flags, '--steps', 9, '--out', tmp_path / 'b')          # warm-up 4, then half of 10
+    assert_same({k[5:]: v for k, v in saved['loss'].items() if k[:5] == 'weak.'}, half['ema'], rtol=0, atol=0)
+    images = {}
+    for w in (1, 1.5):
+        sct.main(['--out', str(tmp_path / 'a'), '--sample', '6', '--guidance', str(w), '--save', str(tmp_path / f'{w}.npz')])
+        images[w] = np.load(tmp_path / f'{w}.npz')['arr_0'].astype(int)
+    assert (images[1] != images[1.5]).any()
+    go('sct', *flags, '--steps', 5, '--weak', 0, '--out', tmp_path / 'c')
+    capfd.readouterr()
+    assert 'kept no weak model' in fails(capfd, 2, 'sct', '--out', tmp_path / 'c', '--sample', 4, '--guidance', 2)
+    assert '--refs 5: 0, 1, or at least the batch' in fails(capfd, 2, 'sct', '--data', npz, *TINY, '--refs', 5, '--out', tmp_path / 'd')
+    for edges in ('2,1', '0,1', '-1,2'):
+        assert 'must be positive and rise' in fails(capfd, 2, 'sct', '--data', npz, *TINY, f'--edges={edges}', '--out', tmp_path / 'd')
+
+
+def test_phased_run_samples_in_as_many_steps_as_segments(npz, tmp_path, monkeypatch):
+    go('sct', '--data', npz, *TINY, *PHASES['sct'], '--steps', 8, '--edges', '0.5,2', '--ts', 20, '--out', tmp_path)
+    levels, f = [], sct.f
+    monkeypatch.setattr(sct, 'f', lambda net, x, t, *rest: levels.append(round(t[0].item(), 6)) or f(net, x, t, *rest))
+    sct.main(['--out', str(tmp_path), '--sample', '4', '--eta', '0.9'])
+    assert levels == [20, 1.8, 0.45]
+
+
+# ---------------------------------------------------------------------------------------------------------- scm
+
+class EDMToy(torch.nn.Module):
+    """A raw network of EDM's kind; `edm` tells scm.py to give it EDM's time and to turn its sign"""
+    edm = True
+
+    def forward(self, x, c_noise, labels=None): return 0.7 * torch.tanh(1.5 * x) + 0.1 * torch.sin(3 * c_noise).view(-1, 1, 1, 1)
+
+
+def scm_loss(net, *argv, step=None):
+    cfg = config('scm', '--warmup', 10, '--H', 100, '--dropout', 0, *argv)
+    return scm.Loss(net, cfg, None).double()
+
+
+def scm_inputs(n=4, side=8):
+    x, z = torch.randn(2, n, 3, side, side, dtype=torch.float64) * torch.tensor([0.5, 1]).view(2, 1, 1, 1, 1).double()
+    return x, z, torch.linspace(0.05, 1.54, n).double()
+
+
+def on_path(x, z, t):
+    cos, sin = t.cos().view(-1, 1, 1, 1), t.sin().view(-1, 1, 1, 1)
+    return cos * x + sin * 0.5 * z, cos * 0.5 * z - sin * x, cos, sin
+
+
+def test_trigflow_ends_variance_and_edms_map():
+    x, z, t = scm_inputs()
+    assert torch.equal(scm.f(toy(), x, torch.zeros(4)), x)
+    torch.testing.assert_close(scm.f(toy(), x, torch.full((4,), math.pi / 2)), -0.5 * toy()(2 * x, None), rtol=1e-6, atol=1e-6)
+    x_t = on_path(0.5 * torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64), t)[0]
+    assert (x_t.flatten(1).std(1) * 2 - 1).abs().max() < 0.03
+    net, sigma = EDMToy(), 0.5 * t.tan()
+    torch.testing.assert_close(scm.f(net, t.cos().view(-1, 1, 1, 1) * x, t), ect.f(net, x, sigma), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(scm.f(net, x, t.view(-1, 1, 1, 1)), scm.f(net, x, t), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('arch', ['scm', 'ddpmpp', 'ncsnpp'])
+def test_tangent_is_the_derivative_of_f_along_the_trajectory(arch):
+    """Against central differences of f(x_t, t), against torch's own forward mode with the paper's tangent, and against
+    the discrete-time difference, whose error is of the order of the step."""
+    net, (x, z, t) = random_net('scm', '--arch', arch, '--fourier', 0.3, '--cond', 1, '--classes', 3), scm_inputs()
+    loss, y = scm_loss(net), torch.tensor([0, 1, 2, 0])
+    out, g = loss.tangent(x, y, z, t, 110)
+    x_t, dx, cos, sin = on_path(x, z, t)
+    torch.testing.assert_close(out, scm.F(net, x_t, t, y), rtol=1e-12, atol=1e-12)
+    h = 1e-5
+    ahead, behind = (scm.f(net, on_path(x, z, t + s)[0], t + s, y) for s in (h, -h))
+    torch.testing.assert_close(g / cos, (ahead - behind) / 2 / h, rtol=1e-5, atol=3e-6)
+    _, J = torch.func.jvp(lambda v, s: scm.F(net, 0.5 * v, s, y), (x_t / 0.5, t), (cos * sin * dx, (cos * sin * 0.5).flatten()))
+    for step, r in ((10, 0), (60, 0.5), (110, 1), (500, 1)):
+        expected = -cos**2 * (0.5 * out - dx) - r * (cos * sin * x_t + J)
+        torch.testing.assert_close(loss.tangent(x, y, z, t, step)[1], expected, rtol=1e-9, atol=1e-9)
+    errors = []
+    for h in (1e-3, 1e-4):
+        back = math.cos(h) * x_t - math.sin(h) * dx         # DDIM, exact for one pair (x, z)
+        torch.testing.assert_close(back, on_path(x, z, t - h)[0], rtol=1e-9, atol=1e-9)
+        errors.append(((scm.f(net, x_t, t, y) - scm.f(net, back, t - h, y)) / math.sin(h) - g / cos).abs().max().item())
+    assert 7 < errors[0] / errors[1] < 13
+
+
+def test_forward_mode_is_torchs_own_in_float32_and_with_dropout():
+    for arch in ('scm', 'ddpmpp', 'ncsnpp'):
+        net = random_net('scm', '--arch', arch, '--fourier', 0.3, '--head_dim', 8).float()
+        x, z, t = (v.float() for v in scm_inputs())
+        x = x.contiguous(memory_format=torch.channels_last)
+        out, g = scm_loss(net).float().tangent(x, None, z, t.double(), 110)
+        x_t, dx, cos, sin = on_path(x, z, t)
+        value, J = torch.func.jvp(lambda v, s: net(2 * v, s) if arch == 'scm' else scm.F(net, v, s), (x_t, t),
+                                  (0.5 * cos * sin * dx, (0.5 * cos * sin).flatten()))
+        torch.testing.assert_close(out, value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(g, -cos**2 * (0.5 * value - dx) - cos * sin * x_t - J, rtol=1e-3, atol=1e-3 * J.abs().max().item())
+    net = random_net('scm', '--dropout', 0.5).train()
+    x, z, t = scm_inputs()
+    loss = scm_loss(net, '--dropout', 0.5)
+    torch.manual_seed(3)
+    _, g = loss.tangent(x, None, z, t, 110)
+    ends = []
+    for s in (1e-5, -1e-5):
+        torch.manual_seed(3)
+        ends.append(scm.f(net, on_path(x, z, t + s)[0], t + s))
+    torch.testing.assert_close(g / on_path(x, z, t)[2], (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=3e-6)
+
+
+def test_gradient_is_that_of_the_consistency_objective():
+    """grad of |F - F_- - g|^2 / 2 is grad of w f . df/dt with w = 1 / (sigma_d tan t), so nothing need be divided by
+    sigma_d tan t again; before the tangent warm-up it is that of cos(t)^2 / (2 sigma_d) |sigma_d F - dx/dt|^2."""
+    net, (x, z, t) = random_net('scm'), scm_inputs()
+    loss, weights = scm_loss(net), list(net.parameters())
+    x_t, dx, cos, sin = on_path(x, z, t)
+    for step in (10, 110):
+        out, g = loss.tangent(x, None, z, t, step)
+        got = torch.autograd.grad(((out - out.detach() - g)**2).sum() / 2, weights)
+        if step == 10: other = (cos**2 * (0.5 * scm.F(net, x_t, t) - dx)**2).sum() / (2 * 0.5)
+        else: other = (scm.f(net, x_t, t) * (g / cos) / (0.5 * t.tan().view(-1, 1, 1, 1))).sum()
+        for a, b in zip(got, torch.autograd.grad(other, weights)): torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
+def test_scm_loss_by_hand_with_every_bound_and_its_weight():
+    x, z, t = scm_inputs()
+    u = torch.special.ndtr(((0.5 * t.tan()).log() + 1) / 1.4)
+    for how in ('l2', 'rms', 'clip'):
+        loss = scm_loss(toy(), '--data', 'cifar10', '--tangent', how, '--warmup', 10, '--H', 100)
+        loss.w.weight.data = torch.randn(1, 128).double() * 0.1
+        loss.w.bias.data += 0.7
+        torch.testing.assert_close(loss.levels(u, 10), t, rtol=1e-9, atol=0)
+        _, g = loss.tangent(x, None, z, t, 60)
+        size = g.flatten(1).norm(dim=1)
+        bounded = {'l2': g / (size.view(-1, 1, 1, 1) + 0.1), 'rms': g / (size.view(-1, 1, 1, 1) / 192**0.5 + 0.1),
+                   'clip': g.clip(-1, 1)}[how]
+        if how == 'l2': assert (bounded.flatten(1).norm(dim=1) < 1).all()
+        frequencies = [10000**(-i / 63) for i in range(64)]
+        features = torch.tensor([[math.cos(s * v) for v in frequencies] + [math.sin(s * v) for v in frequencies] for s in t.tolist()])
+        w = (loss.w.weight @ features.double().T + loss.w.bias).flatten()
+        value = loss(x, None, u, z, 60)
+        torch.testing.assert_close(value, w.exp() * bounded.flatten(1).square().mean(1) - w, rtol=1e-6, atol=1e-6)
+    loss = scm_loss(toy(), '--data', 'cifar10', '--adaptive', 0)
+    loss.w.bias.data += 0.7
+    torch.testing.assert_close(loss(x, None, u, z, 110), (lambda g: (g / (g.flatten(1).norm(dim=1) + .1).view(-1, 1, 1, 1)).square()
+                               .mean((1, 2, 3)))(loss.tangent(x, None, z, t, 110)[1]), rtol=1e-9, atol=0)
+
+
+def test_adaptive_weight_is_at_rest_where_weight_times_error_is_one():
+    x, z, t = scm_inputs(1)
+    loss = scm_loss(toy(), '--data', 'cifar10')
+    u = torch.special.ndtr(((0.5 * t.tan()).log() + 1) / 1.4)
+    g = loss.tangent(x, None, z, t, 110)[1]
+    loss.w.bias.data = -((g / (g.norm() + 0.1)).square().mean()).log().view(1)
+    loss(x, None, u, z, 110).sum().backward()
+    assert loss.w.bias.grad.abs() < 1e-12
+
+
+def test_tangent_vanishes_where_theory_says():
+    """A point mass, whose consistency function is constant; Gaussian data, whose diffusion model is F = 0 and whose
+    consistency function is the identity. A zero tangent makes no NaN."""
+    x, z, t = scm_inputs()
+    a = x[:1].expand(4, -1, -1, -1)
+    point = lambda v, s, y=None: (s.cos().view(-1, 1, 1, 1) * 0.5 * v - a) / (0.5 * s.sin().view(-1, 1, 1, 1))
+    torch.testing.assert_close(scm.f(point, x, t), a, rtol=1e-9, atol=1e-9)
+    assert scm_loss(point).tangent(a, None, z, t, 110)[1].abs().max() < 1e-9
+    distils = scm_loss(point, '--scd', 1)
+    assert distils.tangent(a, None, z, t, 110)[1].abs().max() < 1e-9
+    gauss = lambda v, s, y=None: -v * (s / 2).tan().view(-1, 1, 1, 1)
+    torch.testing.assert_close(scm.f(gauss, x, t), x, rtol=1e-9, atol=1e-9)
+    loss = scm_loss(gauss, '--scd', 1)
+    loss.teacher = zero = lambda v, s, y=None: torch.zeros_like(v)
+    assert loss.tangent(x, None, z, t, 110)[1].abs().max() < 1e-12
+    value = loss(x, None, torch.rand(4), z, 110)
+    assert value.isfinite().all() and value.abs().max() < 1e-12
+    loss.net = zero
+    x_t, _, cos, sin = on_path(x, z, t)
+    torch.testing.assert_close(loss.tangent(x, None, z, t, 110)[1], -cos * sin * x_t, rtol=1e-9, atol=1e-12)
+
+
+def test_sct_tangent_has_the_sd_tangent_as_its_mean():
+    """Two points +-A: the velocity's mean given x_t is the diffusion optimum's, so the mean of g is the distilled g."""
+    A, net = 0.4, random_net('scm')
+    t, x_t = torch.tensor([0.5, 1.2]).double(), 0.3 * torch.randn(2, 3, 8, 8).double()
+    cos, sin = t.cos().view(-1, 1, 1, 1), t.sin().view(-1, 1, 1, 1)
+    x_t = x_t.mean((1, 2, 3), keepdim=True).expand(2, 3, 8, 8) + 0 * x_t        # both points are constant images
+    logit = (A * cos * x_t / (0.25 * sin**2)).sum((1, 2, 3), keepdim=True)
+    mean, plus = A * torch.tanh(logit).expand_as(x_t), torch.sigmoid(2 * logit)
+    g = {s: scm_loss(net).tangent(torch.full_like(x_t, s), None, (x_t - cos * s) / (0.5 * sin), t, 110)[1] for s in (A, -A)}
+    loss = scm_loss(toy(), '--scd', 1)
+    loss.net, noise = net, (x_t - cos * mean) / sin
+    loss.teacher = lambda v, s, y=None: (cos * noise - sin * mean) / 0.5
+    got = loss.tangent(torch.full_like(x_t, A), None, (x_t - cos * A) / (0.5 * sin), t, 110)[1]
+    torch.testing.assert_close(plus * g[A] + (1 - plus) * g[-A], got, rtol=1e-8, atol=1e-9)
+    assert (g[A] - g[-A]).abs().max() > 0.1
+
+
+def test_times_are_lognormal_and_the_sampler_is_trigflows():
+    loss, u = scm_loss(toy(), '--data', 'cifar10'), torch.linspace(0.001, 0.999, 999)
+    for step, law in ((0, stats.norm(-1.2, 1.2)), (10, stats.norm(-1.0, 1.4))):
+        t = loss.levels(u, step)
+        assert (t > 0).all() and (t < math.pi / 2).all() and t.dtype == torch.float64
+        np.testing.assert_allclose(law.cdf((0.5 * t.tan()).log()), u, atol=1e-6)
+    ts = scm.numbers(scm.CONFIG['ts'][0])
+    assert abs(ts[0] - math.atan(80 / 0.5)) < 1e-7 and ts[1] == 1.1
+    z, n = torch.randn(2, 2, 3, 8, 8).double()
+    x = scm.f(toy(), 0.5 * z, torch.full((2,), ts[0]))
+    torch.testing.assert_close(scm.sample(toy(), z, ts[:1]), x)
+    two = scm.f(toy(), math.cos(1.1) * x + math.sin(1.1) * 0.5 * n, torch.full((2,), 1.1))
+    torch.testing.assert_close(scm.sample(toy(), z, ts, noise=[n]), two)
+
+
+def test_heun_in_trigflow_is_edms_sampler():
+    net, z, n = EDMToy(), torch.randn(3, 3, 4, 4).double(), 18
+    got = scm.heun(net, z, math.atan(160), n)
+    sigmas = [(80**(1 / 7) + i / (n - 1) * (0.002**(1 / 7) - 80**(1 / 7)))**7 for i in range(n)] + [0.0]
+    x = 0.5 * z / math.cos(math.atan(160))
+    slope = lambda x, s: (x - ect.f(net, x, torch.full((3,), s).double())) / s
+    for s, r in zip(sigmas, sigmas[1:]):
+        d = slope(x, s)
+        x, before = x + (r - s) * d, x
+        if r: x = before + (r - s) * (d + slope(x, r)) / 2
+    torch.testing.assert_close(got, x, rtol=1e-8, atol=1e-8)
+
+
+def test_double_normalisation_is_its_formula():
+    torch.manual_seed(0)
+    block = scm.Block(8, 12, 16, 0.0, 0, None, (1, 1), True).double()
+    for p in block.parameters(): p.data = torch.randn_like(p) * 0.4
+    x, e = torch.randn(2, 8, 4, 4).double(), torch.randn(2, 16).double()
+    h = torch.nn.functional.silu(block.norm0(x))
+    h = block.norm1(block.conv0(h))
+    s, b = block.affine(e)[:, :12], block.affine(e)[:, 12:]
+    h = h * (s / s.pow(2).mean(1, keepdim=True).sqrt())[:, :, None, None] + (b / b.pow(2).mean(1, keepdim=True).sqrt())[:, :, None, None]
+    expected = (block.conv1(torch.nn.functional.silu(h)) + block.skip(x)) * 0.5**0.5
+    torch.testing.assert_close(block(x, e), expected, rtol=1e-6, atol=1e-6)
+    net = scm.UNet(config('scm', '--data', 'cifar10'))
+    assert net.scale == 1 and net.freqs.max() == 1 and not net.edm          # t in radians, slow features
+    assert scm.UNet(config('scm', '--data', 'cifar10', '--arch', 'ddpmpp')).edm
+
+
+def test_stages_of_scm(npz, tmp_path):
+    """The diffusion model is kept as teacher where the second stage begins, the weight starts anew, dropout changes; the
+    same run samples both models; ect.py's warm-up can be distilled."""
+    cfg = config('scm', '--data', 'cifar10')
+    loss = scm.Loss(toy(), cfg, None)
+    assert loss.phase(0) == ('diffusion', 0, 1e-3, 512) and loss.phase(400_000) == ('sct', 400_000, 1e-4, 512)
+    assert abs(loss.averages(None, 5)[0][1] - 0.5**(512 / 5e5)) < 1e-5      # half-life 500,000 images
+    deep = scm.Loss(toy(), config('scm', '--data', 'imagenet64'), None)
+    first = deep.cfg.warmup
+    assert abs(deep.phase(first + 140_000)[2] - 0.5e-4) < 1e-12
+    assert abs(deep.averages(None, first + 999)[0][1] - (1 - 1 / 1000)**17.97) < 1e-12
+    flags = ['--data', npz, *TINY, *PHASES['scm']]
+    warm = go('scm', *flags, '--steps', 4, '--out', tmp_path / 'a')
+    both = go('scm', *flags, '--steps', 9, '--out', tmp_path / 'a')
+    teacher = {k[8:]: v for k, v in both['loss'].items() if k[:8] == 'teacher.'}
+    assert_same(teacher, warm['ema'], rtol=0, atol=0)
+    for heun in (0, 3):
+        scm.main(['--out', str(tmp_path / 'a'), '--sample', '4', '--heun', str(heun), '--save', str(tmp_path / f'{heun}.npz')])
+    assert (np.load(tmp_path / '0.npz')['arr_0'] != np.load(tmp_path / '3.npz')['arr_0']).any()
+    e = go('ect', '--data', npz, *TINY, *PHASES['ect'], '--steps', 4, '--out', tmp_path / 'ect')
+    scd = go('scm', '--data', npz, *TINY, '--teacher', tmp_path / 'ect' / 'latest.pt', '--steps', 3, '--out', tmp_path / 'b')
+    assert_same({k[8:]: v for k, v in scd['loss'].items() if k[:8] == 'teacher.'}, e['ema'], rtol=0, atol=0)
+    assert scd['config']['arch'] == 'ddpmpp'
+
+
+def test_dropout_and_weight_of_each_stage():
+    net = scm.UNet(config('scm', *TINY, '--res', 8))
+    loss = scm.Loss(net, config('scm', *TINY, '--dropout', 0.25, '--dropout_warmup', 0.125, '--warmup', 5), None)
+    x, z, u = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.rand(4)
+    for step, p in ((0, 0.125), (5, 0.25)):
+        loss(x, None, u, z, step).sum().backward()
+        assert {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)} == {p}
+    loss.w.weight.data += 1
+    loss.begin(net)
+    assert loss.w.weight.abs().max() == 0 == loss.w.bias
+
+
+# ----------------------------------------------------------------------------------------------------- network
 
 def test_ncsnpp_of_the_papers_has_56395523_weights():
     for name in ('ct', 'ict'):
