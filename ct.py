@@ -86,7 +86,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=6500, batch=32, lr=1.5e-3, anneal=1, ema=0.998, metric='l1', s0=4, s1=40, t_max=20.0, ts='20,1',
+    glyphs=dict(steps=6500, batch=32, lr=1.5e-3, anneal=1, ema=0.998, metric='l1', s0=8, s1=24, t_max=20.0, ts='20,1',
                 flip=0, arch='ddpmpp', ch=32, mult='1,1,2', blocks=1, attn='8', save_every=1000, log_every=50),
     cifar10=dict(),
     imagenet64=dict(batch=2048, lr=8e-6, ema=0.999943, s1=200, mu0=0.95, N=40, mu=0.95, ts='80,1.912844', cond=1,
