@@ -1064,6 +1064,19 @@ def test_scm_loss_by_hand_with_every_bound_and_its_weight():
                                .mean((1, 2, 3)))(loss.tangent(x, None, z, t, 110)[1]), rtol=1e-9, atol=0)
 
 
+def test_scm_moves_f_against_its_drift():
+    """The gradient of the loss is -2 exp(w) / D of bounded g . dF."""
+    net, (x, z, t) = Toy(0.7, 1.5, 3).double(), scm_inputs()
+    loss, u = scm_loss(net, '--data', 'cifar10', '--warmup', 10, '--H', 100), torch.special.ndtr(((0.5 * t.tan()).log() + 1) / 1.4)
+    loss.w.bias.data += 0.7
+    loss(x, None, u, z, 110).sum().backward()
+    out, g = loss.tangent(x, None, z, t, 110)
+    g = g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 0.1)
+    expected, = torch.autograd.grad(-2 * math.exp(0.7) / 192 * (g * out).sum(), net.a)
+    torch.testing.assert_close(net.a.grad, expected, rtol=1e-6, atol=0)
+    assert expected.abs() > 1e-4
+
+
 def test_adaptive_weight_is_at_rest_where_weight_times_error_is_one():
     x, z, t = scm_inputs(1)
     loss = scm_loss(toy(), '--data', 'cifar10')
@@ -1168,14 +1181,18 @@ def test_stages_of_scm(npz, tmp_path):
     first = deep.cfg.warmup
     assert abs(deep.phase(first + 140_000)[2] - 0.5e-4) < 1e-12
     assert abs(deep.averages(None, first + 999)[0][1] - (1 - 1 / 1000)**17.97) < 1e-12
-    flags = ['--data', npz, *TINY, *PHASES['scm']]
+    flags = ['--data', npz, *TINY, *PHASES['scm'], '--ema', 0.3, '--lr', 0.01]
     warm = go('scm', *flags, '--steps', 4, '--out', tmp_path / 'a')
-    both = go('scm', *flags, '--steps', 9, '--out', tmp_path / 'a')
+    both = go('scm', *flags, '--steps', 15, '--out', tmp_path / 'a')
     teacher = {k[8:]: v for k, v in both['loss'].items() if k[:8] == 'teacher.'}
     assert_same(teacher, warm['ema'], rtol=0, atol=0)
     for heun in (0, 3):
         scm.main(['--out', str(tmp_path / 'a'), '--sample', '4', '--heun', str(heun), '--save', str(tmp_path / f'{heun}.npz')])
-    assert (np.load(tmp_path / '0.npz')['arr_0'] != np.load(tmp_path / '3.npz')['arr_0']).any()
+    net = scm.UNet(cfg := scm.config(['--out', str(tmp_path / 'a'), '--heun', '3'])).eval()
+    net.load_state_dict(teacher)
+    expected = scm.generate(cfg, net, torch.arange(4), [1.5458015], torch.device('cpu')).permute(0, 2, 3, 1)
+    assert (np.load(tmp_path / '3.npz')['arr_0'] == expected.numpy()).all()
+    assert (np.load(tmp_path / '0.npz')['arr_0'] != expected.numpy()).any()
     e = go('ect', '--data', npz, *TINY, *PHASES['ect'], '--steps', 4, '--out', tmp_path / 'ect')
     scd = go('scm', '--data', npz, *TINY, '--teacher', tmp_path / 'ect' / 'latest.pt', '--steps', 3, '--out', tmp_path / 'b')
     assert_same({k[8:]: v for k, v in scd['loss'].items() if k[:8] == 'teacher.'}, e['ema'], rtol=0, atol=0)
