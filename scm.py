@@ -318,7 +318,7 @@ def heun(net, z, t_max, n, labels=None):
     """Standard normal z -> images by n steps of DPM-Solver-2S in TrigFlow, 2n - 1 evaluations of a diffusion model, on
     EDM's grid (rho 7, sigma from 0.002) from time t_max [G.1]. It is EDM's Heun sampler."""
     low, high = 0.002 ** (1 / 7), (SD * math.tan(t_max)) ** (1 / 7)
-    ts = [math.atan((high + i / (n - 1) * (low - high))**7 / SD) for i in range(n)] + [0.0]
+    ts = [math.atan((high + i / max(n - 1, 1) * (low - high))**7 / SD) for i in range(n)] + [0.0]
 
     def eps(x, t):                      # the noise in x, and F
         out = SD * F(net, x, torch.full((len(z),), t).to(x), labels)

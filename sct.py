@@ -204,6 +204,9 @@ def posterior_mean(x_t, t, y, same=None):
 def inner_edges(cfg): return numbers(cfg.edges) if cfg.edges != 'none' else []
 
 
+def weak_step(cfg): return cfg.warmup + int(cfg.weak * (cfg.steps - cfg.warmup))
+
+
 class Loss(nn.Module):
     """The objective at the top of this file; self.weak is the average kept for guidance."""
 
@@ -231,10 +234,8 @@ class Loss(nn.Module):
 
     def averages(self, ema, step):
         """-> [(network that follows self.net, decay)], called after each step."""
-        cfg = self.cfg
-        if self.weak and step == cfg.warmup + int(cfg.weak * (cfg.steps - cfg.warmup)):
-            self.weak.load_state_dict(ema.state_dict())
-        return [(ema, cfg.ema)]
+        if self.weak and step == weak_step(self.cfg): self.weak.load_state_dict(ema.state_dict())
+        return [(ema, self.cfg.ema)]
 
     def levels(self, u, step):
         """u uniform (B,) -> noise levels t > r (B,), float64. In the warm-up r = 0, ln t ~ N(-1.2, 1.2^2) as EDM."""
@@ -279,7 +280,7 @@ class Loss(nn.Module):
         index, _, flips, _ = draw(cfg, len(images), cfg.batch, step, 'cpu')
         keys = 2 * index + flips                                # a flipped image is an image of its own
         if cfg.refs:
-            batch, g, keys = keys.unique(), torch.Generator().manual_seed(seed_of(cfg, 1, step)), []
+            batch, g, keys = keys.unique(), torch.Generator().manual_seed(seed_of(cfg, 999, step)), []
             for c in classes[batch // 2].unique() if cfg.cond else [0]:
                 members = self.members[c]
                 members = torch.cat([2 * members, 2 * members + 1]) if cfg.flip else 2 * members
@@ -858,7 +859,7 @@ def write_samples(cfg, data, rank, world, device):
     net = UNet(cfg).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     net.load_state_dict(saved['ema'])
     if cfg.guidance != 1:
-        if not cfg.weak: stop('--guidance: the run kept no weak model, its --weak is 0')
+        if not cfg.weak or saved['step'] <= weak_step(cfg): stop('--guidance: this run has no weak model yet, see --weak')
         net = Guided(net, copy.deepcopy(net), cfg.guidance)
         net.weak.load_state_dict({k[5:]: v for k, v in saved['loss'].items() if k[:5] == 'weak.'})
     if cfg.compile: net.compile(dynamic=False)
