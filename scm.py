@@ -94,7 +94,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     log_every=(100, 'steps between status lines'),
 )
 PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=5600, warmup=2800, batch=32, lr=5e-4, lr_warmup=2e-3, anneal=1, ema=0.998, H=300,
+    glyphs=dict(steps=5050, warmup=2600, batch=32, lr=5e-4, lr_warmup=2e-3, anneal=1, ema=0.998, H=300,
                 ts='1.5458015,1.1', ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0, dropout_warmup=0.0,
                 save_every=1000, log_every=50),
     cifar10=dict(),
