@@ -18,18 +18,19 @@ deviation of the noise, in units of images in [-1, 1].
 
     python scm.py                                   # embedded digits: diffusion warm-up, then sCT, pictures
     python scm.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe; --scd 1 --dropout 0: sCD
-    python scm.py --data cifar10 --teacher datasets/edm-cifar10-32x32-uncond-vp.pkl     # sCD from EDM's weights
+    python scm.py --data cifar10 --teacher datasets/edm-cifar10-32x32-uncond-vp.pkl --dropout 0     # sCD of EDM's
     python scm.py --out runs/scm-cifar10 --sample 50000 --nfe 2 --save samples.npz
     python scm.py --out runs/scm-cifar10 --sample 50000 --heun 18       # of the diffusion model, 35 evaluations
 
-Differs from ect.py only in: TrigFlow; the objective; double normalisation and t itself in the network; the networks and
-optimiser of two stages. Source: the paper's Algorithm 1, equations and appendices, version 2. There is no official code.
+Differs from ect.py only in: TrigFlow; the objective; the network's double normalisation and time t; the recipe; a
+sampler of the diffusion model. Source: the paper, version 2, Algorithm 1 and appendices. There is no official code.
 Where they leave a choice or we differ:
 - |g| is the plain norm over the image; --tangent rms divides it by sqrt(D), --tangent clip bounds each value instead.
-- The weight 1 / (sigma_d tan t) of the text is already in g's factor cos(t), as in Algorithm 1; it is not applied again.
+- The weight 1 / (sigma_d tan t) of the text is already in g's factor cos(t), as in Algorithm 1: not applied again.
 - w is a linear layer on 128 positional features of t, zero at the start of each stage, as in EDM2.
-- Length on CIFAR-10, levels of the warm-up (EDM's) and its 400,000 steps: not printed for all; from a reproduction.
-- g is computed in float32 (TF32 on a GPU) whatever --amp: on the digits g in bf16 was off by 3 %, in fp16 by 0.4 %.
+- On CIFAR-10 the length of the second stage and the levels of the first are not printed: a reproduction's 400,000
+  steps, EDM's levels.
+- g is computed in float32 (TF32 on a GPU) whatever --amp: in bf16 it would be some per cent off.
 - --arch ddpmpp and ncsnpp are EDM's networks through the exact map t = arctan(sigma / sigma_d), F = -F_EDM, which takes
   EDM's and ect.py's weights. FID 3.2 in one step has been reported for that by others.
 - The ImageNet-64 network is a DDPM++ from scratch with the same changes, not the paper's EDM2.
@@ -69,7 +70,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     P_std=(1.4, ''),
     H=(10_000, 'steps over which the second half of g is phased in [G.2]'),
     c=(0.1, 'g / (|g| + c) [4.2]'),
-    tangent=('l2', 'how g is bounded: by its norm, its root mean square, or each value to [-1, 1]', 'l2', 'rms', 'clip'),
+    tangent=('l2', 'how g is bounded: by its norm, its root mean square, or each value', 'l2', 'rms', 'clip'),
     adaptive=(1, '0: w(t) = 0'),
     scd=(0, '1: distil the diffusion model of the warm-up (sCD), 0: train on the data (sCT)'),
     teacher=('none', 'sCD: distil this diffusion model, a checkpoint of ours or an EDM .pkl by path or URL'),
@@ -274,8 +275,8 @@ class Loss(nn.Module):
 
 
 class ForwardMode(torch.overrides.TorchFunctionMode):
-    """Forward-mode derivatives in fewer operations than torch's formulas take, with the same results and no graph of the
-    derivative. A convolution's is one convolution (torch adds one of the weights' zero tangent); the Jacobian of group
+    """Forward-mode derivatives in fewer operations than torch's formulas, with the same results and without a graph. A
+    convolution's is one convolution (torch adds one with the zero tangent of the weights); the Jacobian of group
     normalisation is symmetric before its gain, so the fused backward gives it. Halves the time of a step."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

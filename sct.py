@@ -13,8 +13,8 @@ where ECT has x for m. Here m is the mean of x given x_t over reference images y
 
     m = sum_i w_i y_i,     w_i = softmax_i( -|x_t - y_i|^2 / 2 t^2 ).
 
-Given x_t and the set, w_i is the probability that x_t was made from y_i. So m has the conditional mean of x for every n,
-and less variance; n = 1 is ECT. d is the unsquared L2 norm over the whole image, and r approaches t continuously:
+Given x_t and the set, w_i is the probability that x_t was made from y_i. So m has x's conditional mean for every n, and
+less variance; n = 1 is ECT. d is the unsquared L2 norm over the whole image, and r approaches t continuously:
 r = max(0, t (1 - n(t) / q^a)), n(t) = 1 + k sigmoid(-b t), a = 1 + step / d. t is the standard deviation of the noise,
 in units of images in [-1, 1].
 
@@ -26,7 +26,7 @@ in units of images in [-1, 1].
 
 Differs from ect.py only in: m, the real exponent a, segments of t, guidance by the network's own earlier average.
 There is no official code, and the paper's equations were not at hand. From its abstract, captions, reviews: the four
-ideas. Derived: m, the segments (as in multistep consistency models). Where that leaves a choice:
+ideas. From ECT's code: what the knobs cite. Derived: m, the segments (as in multistep consistency models). Our choices:
 - References: --refs, the step's whole batch by default; conditional: those of x's class. Where r = 0 the target is m.
 - The smoother schedule is ECT's with a real exponent, equal to it where a stage begins; w, d, c, EMA, network: ECT's.
 - In phased training r stays at or above the lower edge s of t's segment and (s/t) x_t + (1 - s/t) f is trained.
@@ -53,18 +53,18 @@ from torch.nn.functional import conv2d, conv_transpose2d, grid_sample, affine_gr
 EDM = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl'
 
 CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [source])
-    steps=(400_000, 'optimiser steps in all, warm-up included [ECT README: 100k, 200k, 400k]'),
+    steps=(400_000, 'optimiser steps in all, warm-up included [code README: 100k, 200k, 400k]'),
     warmup=(0, 'steps of diffusion training (EDM loss) before'),
-    batch=(128, 'images per step over all processes [ECT run_ecm.sh]'),
-    lr=(1e-4, 'learning rate [ECT run_ecm.sh]'),
+    batch=(128, 'images per step over all processes [run_ecm.sh]'),
+    lr=(1e-4, 'learning rate [run_ecm.sh]'),
     lr_warmup=(5e-4, 'learning rate of the diffusion warm-up'),
-    opt=('RAdam', 'optimiser [ECT run_ecm.sh]', 'RAdam', 'Adam'),
+    opt=('RAdam', 'optimiser [run_ecm.sh]', 'RAdam', 'Adam'),
     beta2=(0.999, 'second moment decay of the optimiser'),
     t_ref=(0, 'lr / sqrt(max(step / t_ref, 1)); 0: constant lr'),
     anneal=(0, '1: the learning rate falls linearly to 0 after the warm-up'),
-    ema=(0.9999, 'decay of the averaged weights used for sampling [ECT run_ecm.sh]'),
+    ema=(0.9999, 'decay of the averaged weights used for sampling [run_ecm.sh]'),
     clip=(math.inf, 'gradient norm limit'),
-    P_mean=(-1.1, 'ln t ~ N(P_mean, P_std^2) [ECT loss.py]'),
+    P_mean=(-1.1, 'ln t ~ N(P_mean, P_std^2) [loss.py]'),
     P_std=(2.0, ''),
     refs=(0, 'reference images, of each class; 0: the batch of the step; 1: x alone, and stages, which is ECT'),
     smooth=(1, "1: r approaches t continuously; 0: in ECT's stages"),
@@ -72,11 +72,11 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     eta=(1.0, 'phased: samples step to eta times each edge; 1: to the edge'),
     weak=(0.5, 'part of the training after which the average is kept as the weak model; 0: never'),
     guidance=(1.0, 'w: samples of f_weak + w (f - f_weak); 1: of f'),
-    q=(2.0, '1 - r/t is n(t) / q^a [ECT loss.py]'),
-    d=(25_000, 'steps in which a grows by 1 [ECT run_ecm.sh: 250 ticks of 100]'),
-    k=(8.0, 'n(t) = 1 + k sigmoid(-b t) [ECT loss.py]'),
+    q=(2.0, '1 - r/t is n(t) / q^a in stage a [loss.py]'),
+    d=(25_000, 'steps per stage [run_ecm.sh: 250 ticks of 100]'),
+    k=(8.0, 'n(t) = 1 + k sigmoid(-b t) [loss.py]'),
     b=(1.0, ''),
-    c=(0.0, 'pseudo-Huber constant; 0: the plain norm [ECT run_ecm.sh]'),
+    c=(0.0, 'pseudo-Huber constant; 0: the plain norm [run_ecm.sh]'),
     weight=('1/(t-r)', 'w(t, r); 1/c_out^2 = 1/t^2 + 1/sigma_d^2', '1/(t-r)', '1/c_out^2'),
     ts=('80,0.821', 'noise levels of the sampler, largest first; --nfe K uses the first K'),
     init=('none', 'starting weights: none, a checkpoint of ours, or an EDM .pkl by path or URL'),
@@ -91,7 +91,7 @@ CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [
     blocks=(4, 'residual blocks per resolution'),
     attn=('16', 'resolutions with attention'),
     head_dim=(0, 'channels per attention head; 0: one head'),
-    dropout=(0.2, 'dropout rate, the same mask for f(x_t, t) and its target [ECT run_ecm.sh]'),
+    dropout=(0.2, 'dropout rate, the same mask for f(x_t, t) and its target [run_ecm.sh]'),
     seed=(0, 'every random number is a function of (seed, step)'),
     save_every=(10_000, 'steps between checkpoints and sample grids'),
     log_every=(100, 'steps between status lines'),
@@ -271,9 +271,9 @@ class Loss(nn.Module):
         return w * distance
 
     def references(self, x, labels, step):
-        """The step's reference set, the same in every process: images (n, 3, H, W), labels (n,) or None. It is the whole
-        batch; or, with --refs, the distinct images of the batch and others at random, --refs of each class in it. Every
-        image in the set is equally likely to be x, which makes m unbiased."""
+        """The step's reference set, the same in every process: images (n, 3, H, W), labels (n,) or None. It is the
+        whole batch; or, with --refs, its distinct images and others at random, --refs of each class in it. Every image in
+        the set is equally likely to be x, which makes m unbiased."""
         cfg = self.cfg
         if not cfg.refs and not cfg.micro and not dist.is_initialized(): return x, labels       # x is the whole batch
         images, classes = self.data
@@ -327,8 +327,8 @@ class Guided(nn.Module):
 
 @torch.no_grad()
 def sample(net, z, ts, labels=None, noise=None, edges=(), eta=1.0):
-    """Standard normal z (B, 3, H, W) -> images in about [-1, 1]: one network evaluation for each noise level in ts. With
-    edges, of a phased network: one for each segment below ts[0], without noise, stopping at eta times each edge."""
+    """Standard normal z (B, 3, H, W) -> images in about [-1, 1]: one network evaluation for each noise level in ts.
+    With edges, of a phased network: one for each segment below ts[0], without noise, stopping at eta times an edge."""
     if edges: ts = [ts[0]] + [eta * s for s in reversed(edges)]
     x = ts[0] * z
     for i, t in enumerate(ts):
@@ -859,7 +859,7 @@ def write_samples(cfg, data, rank, world, device):
     net = UNet(cfg).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     net.load_state_dict(saved['ema'])
     if cfg.guidance != 1:
-        if not cfg.weak or saved['step'] <= weak_step(cfg): stop('--guidance: this run has no weak model yet, see --weak')
+        if not cfg.weak or saved['step'] <= weak_step(cfg): stop('--guidance: this run has no weak model yet: --weak')
         net = Guided(net, copy.deepcopy(net), cfg.guidance)
         net.weak.load_state_dict({k[5:]: v for k, v in saved['loss'].items() if k[:5] == 'weak.'})
     if cfg.compile: net.compile(dynamic=False)

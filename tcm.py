@@ -19,8 +19,8 @@ t is the standard deviation of the noise, in units of images in [-1, 1].
     python tcm.py --out runs/tcm-cifar10 --sample 50000 --nfe 2 --save samples.npz
 
 Differs from ect.py only in: t truncated to [t_min, t_max], the limit on ratio, r >= 1e-6 (stage 1); the frozen network,
-boundary samples and a truncated Student-t for ln t (stage 2); the stages' batches and learning rates; the gradient limit
-and, on ImageNet-64, the EMA.
+boundary samples and a truncated Student-t for ln t (stage 2); the stages' batches and learning rates; the gradient
+limit and, on ImageNet-64, the EMA.
 
 Sources: the paper, and its code NVlabs/TCM (b132239). Where they leave a choice or we differ:
 - As in the code, all targets with r < t' come from f_1, not those of boundary samples alone, and f_1 keeps its dropout,

@@ -6,7 +6,7 @@
 Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k slow test_all.py (the default runs).
 Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
 """
-import argparse, ast, difflib, importlib, io, itertools, json, math, os, pickle, re, signal, subprocess, sys
+import argparse, ast, contextlib, difflib, importlib, io, itertools, json, math, os, pickle, re, signal, subprocess, sys
 import tarfile, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1027,6 +1027,19 @@ def test_forward_mode_is_torchs_own_in_float32_and_with_dropout():
     torch.testing.assert_close(g / on_path(x, z, t)[2], (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=3e-6)
 
 
+def test_half_precision_would_spoil_the_tangent():
+    """The median relative error of g against float64, by precision of the network: why --amp leaves it alone."""
+    net, (x, z, t), error = random_net('scm'), scm_inputs(64), {}
+    exact = scm_loss(net).tangent(x, None, z, t, 110)[1]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        low = random_net('scm').to(dtype)
+        loss = scm_loss(lambda x, t, y=None: low(x.to(dtype), t.to(dtype)).double())
+        difference = loss.tangent(x, None, z, t, 110)[1] - exact
+        error[dtype] = (difference.flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).median().item()
+    print('error of g:', error)
+    assert error[torch.float32] < 1e-5 and error[torch.float16] < 0.3 * error[torch.bfloat16] and error[torch.bfloat16] > 0.01
+
+
 def test_gradient_is_that_of_the_consistency_objective():
     """grad of |F - F_- - g|^2 / 2 is grad of w f . df/dt with w = 1 / (sigma_d tan t), so nothing need be divided by
     sigma_d tan t again; before the tangent warm-up it is that of cos(t)^2 / (2 sigma_d) |sigma_d F - dx/dt|^2."""
@@ -1564,7 +1577,8 @@ def test_a_download_is_checked_and_its_failure_says_what_to_do(tmp_path, monkeyp
     assert 'put it at datasets/file.bin' in capfd.readouterr().err
     Path('datasets').mkdir()
     Path('datasets/file.bin').write_bytes(b'abc')
-    assert ect.fetch('http://127.0.0.1:9/some/file.bin', 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad') == Path('datasets/file.bin')
+    sha256 = 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
+    assert ect.fetch('http://127.0.0.1:9/some/file.bin', sha256) == Path('datasets/file.bin')
     with pytest.raises(SystemExit): ect.fetch('http://127.0.0.1:9/some/file.bin', '0' * 64)
     assert 'is damaged' in capfd.readouterr().err
 
@@ -1650,6 +1664,36 @@ def test_slow_default_run_leaves_legible_digits_of_all_classes_and_colours(name,
         least = {'ct': (0.7, 0.8), 'scm': (0.78, 0.9)}.get(name, (0.87, 0.93))
         assert sure > least[nfe - 1] and 0.65 < colours.min() < colours.max() < 1.2
         assert share.min() > 0.04 and share.max() < 0.18
+
+
+def step_of(name, *argv):
+    """Forward and backward pass of the default run's second stage -> function"""
+    module, cfg = MODULES[name], config(name, '--warmup', 0, *argv)
+    net = module.UNet(cfg).to(memory_format=torch.channels_last)
+    loss, x = module.Loss(net, cfg, None), torch.randn(cfg.batch, 3, cfg.res, cfg.res).to(memory_format=torch.channels_last)
+    u = torch.rand(cfg.batch, dtype=torch.float64)
+    return lambda: loss(0.5 * x, None, u, torch.randn_like(x), 2000).mean().backward()
+
+
+@slow
+def test_slow_step_of_scm_costs_less_than_twice_one_of_ect(monkeypatch):
+    """On one thread and on all: the same network, scm's own, and with torch's own forward mode; on a quiet machine."""
+    steps = {'ect': step_of('ect'), 'same network': step_of('scm', '--arch', 'ddpmpp'), 'scm': step_of('scm'),
+             "torch's": step_of('scm', '--arch', 'ddpmpp')}
+    lean = scm.ForwardMode
+    for threads in {1, os.cpu_count()}:
+        torch.set_num_threads(threads)
+        seconds = {name: [] for name in steps}
+        for _ in range(25):
+            for name, step in steps.items():
+                monkeypatch.setattr(scm, 'ForwardMode', contextlib.nullcontext if name == "torch's" else lean)
+                began = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - began)
+        ratio = {name: np.median(np.divide(v, seconds['ect'])[3:]) for name, v in seconds.items()}
+        print(f'{threads} threads:', {name: f'{np.median(v[3:]) * 1e3:.0f} ms, {ratio[name]:.2f}' for name, v in seconds.items()})
+        assert ratio['same network'] < 2 and ratio["torch's"] > 1.3 * ratio['same network']
+    torch.set_num_threads(1)
 
 
 @slow
@@ -2238,7 +2282,8 @@ def test_without_weights_and_network_the_error_says_everything(tmp_path, monkeyp
     def no_network(*args, **kw): raise OSError('no network here')
     monkeypatch.setattr(fid.urllib.request, 'urlopen', no_network)
     line = refuses(capfd, 'a.npy', '--ref', 'a.npy')
-    for part in ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth', '95,628,359 bytes',
+    for part in ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth',
+                 '95,628,359 bytes',
                  '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2',
                  f'{tmp_path}/hub/checkpoints/pt_inception-2015-12-05-6726825d.pth',
                  '--weights random', '--weights FILE', 'no network here'): assert part in line, part
