@@ -26,9 +26,8 @@ or editing. There is no official code; where the paper's text was not at hand th
   the ImageNet-64 EMA and length.
 - The ImageNet-64 network is a DDPM++, not the paper's ADM.
 """
-import argparse, contextlib, copy, csv, functools, hashlib, io, json, math, os, pickle, signal, socket, sys
-import tarfile, time, warnings, zipfile, zlib
-from collections import Counter, OrderedDict
+import argparse, contextlib, copy, csv, hashlib, io, json, math, os, pickle, signal, socket, sys, tarfile, time
+import warnings, zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,114 +40,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.functional import conv2d, conv_transpose2d, grid_sample, affine_grid, avg_pool2d, one_hot, silu
 
-# ------------------------------------------------------------------------------------------------------ config
-
-CONFIG = dict(                          # knob = (the CIFAR-10 recipe, meaning [source])
-    steps=(400_000, 'optimiser steps K [paper]'),
-    batch=(1024, 'images per step over all processes [paper]'),
-    lr=(1e-4, 'learning rate [paper]'),
-    anneal=(0, '1: the learning rate falls linearly to 0'),
-    opt=('RAdam', 'optimiser [paper]', 'RAdam', 'Adam'),
-    beta2=(0.999, 'second moment decay of the optimiser'),
-    ema=(0.99993, 'decay of the averaged weights used for sampling [paper]'),
-    clip=(math.inf, 'gradient norm limit'),
-    s0=(10, 'N(0) - 1 [paper]'),
-    s1=(1280, 'N(K) - 1 [paper]'),
-    P_mean=(-1.1, 'ln t is about N(P_mean, P_std^2) [paper]'),
-    P_std=(2.0, ''),
-    c=(0.00054, 'pseudo-Huber constant, times the root of the number of values in an image [paper]'),
-    t_max=(80.0, 'largest noise level; the smallest is eps = 0.002'),
-    rho=(7.0, 'exponent of the grid of noise levels'),
-    ts=('80,0.821', 'noise levels of the sampler, largest first; --nfe K uses the first K'),
-    init=('none', 'starting weights: none, a checkpoint of ours, or an EDM .pkl by path or URL'),
-    res=(0, 'image side; 0: that of the data; given: centre-crop and resize to it'),
-    flip=(1, '1: random horizontal flips'),
-    cond=(0, '1: class-conditional'),
-    classes=(10, 'classes of a conditional network (counted in the data)'),
-    arch=('ncsnpp', 'EDM network', 'ddpmpp', 'ncsnpp'),
-    fourier=(0.02, 'scale of the Fourier time embedding of ncsnpp [paper]'),
-    ch=(128, 'channels at full resolution'),
-    mult=('2,2,2', 'channel multipliers, full resolution first'),
-    blocks=(4, 'residual blocks per resolution'),
-    attn=('16', 'resolutions with attention'),
-    head_dim=(0, 'channels per attention head; 0: one head'),
-    dropout=(0.3, 'dropout rate, the same mask for f(x_t, t) and its target'),
-    seed=(0, 'every random number is a function of (seed, step)'),
-    save_every=(10_000, 'steps between checkpoints and sample grids'),
-    log_every=(100, 'steps between status lines'),
-)
-PRESET = dict(                          # what each --data changes
-    glyphs=dict(steps=6500, batch=32, lr=1.5e-3, anneal=1, ema=0.998, s1=80, P_mean=0.0, P_std=1.6, t_max=20.0,
-                ts='20,1', flip=0, arch='ddpmpp', ch=32, mult='1,1,2', blocks=1, attn='8', dropout=0.0,
-                save_every=1000, log_every=50),
-    cifar10=dict(),
-    imagenet64=dict(steps=800_000, batch=4096, ema=0.99997, ts='80,1.526', cond=1, classes=1000, arch='ddpmpp', ch=192,
-                    mult='1,2,3,4', blocks=3, attn='32,16,8', head_dim=64, dropout=0.2),
-)
-FLAGS = dict(                           # how to run; the same in every script
-    data=('glyphs', 'glyphs, cifar10, imagenet64, or a folder, .zip, .npz, .npy, or CIFAR binary .tar.gz'),
-    out=('', 'run folder [runs/<method>-<data>]'),
-    gpus=(1, 'processes, one per GPU'),
-    device=('auto', 'cpu leaves the GPUs alone', 'auto', 'cpu'),
-    micro=(0, 'most images one process holds at once; 0: its whole share'),
-    amp=('auto', 'auto is fp16 on a GPU, off on the CPU', 'auto', 'off', 'fp16', 'bf16'),
-    compile=(False, 'torch.compile the network'),
-    sample=(0, 'write this many samples of the run in --out and stop'),
-    nfe=(1, 'network evaluations per sample'),
-    save=('', 'where the samples go: an .npz, or a folder of PNG [<out>/samples.npz]'),
-    label=(-1, 'class of all samples; -1: all classes equally'),
-)
-SIDE = dict(glyphs=16, cifar10=32, imagenet64=64)
-METHOD = Path(__file__).stem
-
-
-def stop(message, code=2):
-    """One line on stderr (from the first process only) and the exit code: 2 for bad input, 1 for a failed run."""
-    if os.environ.get('RANK', '0') == '0': print(f'{METHOD}.py:', *str(message).split(), file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def numbers(text):
-    """'80,0.821' -> [80.0, 0.821]"""
-    try: return [float(word) for word in text.split(',')]
-    except ValueError: stop(f'"{text}" is not a list of numbers like 80,0.821')
-
-
-def config(argv=None):
-    """Knobs and flags as a Namespace: CONFIG, then PRESET of --data (a path: of its image size, from scratch), or the
-    config of the checkpoint in --out; then argv. Bad values end the program."""
-    parser = argparse.ArgumentParser(f'{METHOD}.py', allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: stop(f'{message}; see --help')
-    for name, (value, text, *choices) in {**FLAGS, **CONFIG}.items():
-        how = dict(action='store_true') if value is False else dict(type=type(value), choices=choices or None)
-        parser.add_argument(f'--{name}', help=f'{text} [{value}]', **how)
-    given = vars(parser.parse_args(argv))
-    cfg = {name: spec[0] for name, spec in {**FLAGS, **CONFIG}.items()} | given
-    cfg['out'] = cfg['out'] or f'runs/{METHOD}-{Path(cfg["data"]).name.split(".")[0]}'
-    saved = read_checkpoint(cfg['out'])
-    if saved: cfg |= saved['config'] | given
-    elif cfg['sample']: stop(f'no checkpoint in {cfg["out"]}: train first, or name the run with --out')
-    else:
-        recipe, side = cfg['data'], cfg['res'] or SIDE.get(cfg['data'])
-        if recipe not in SIDE:
-            images, labels = read(cfg['data'], cfg['res'])
-            side = images.shape[-1]
-            recipe = min(SIDE, key=lambda name: abs(math.log(SIDE[name] / side)))
-        cfg |= PRESET[recipe]
-        if recipe != cfg['data']: cfg |= dict(init='none', cond=cfg['cond'] and int(labels is not None))
-        cfg |= given | dict(res=side, resize='res' in given)
-        if cfg['init'] == 'none': cfg['init'] = cfg.get('teacher', 'none')     # distillation starts from its teacher
-        if cfg['init'] != 'none': cfg['warmup'] = given.get('warmup', 0)       # the checkpoint is the diffusion model
-    for name in 'steps batch lr lr_warmup ch blocks save_every log_every nfe gpus res'.split():
-        if cfg.get(name, 1) <= 0: stop(f'--{name} must be positive, not {cfg[name]}')
-    for name in 'ema dropout'.split():
-        if not 0 <= cfg[name] < 1: stop(f'--{name} must be in [0, 1), not {cfg[name]}')
-    halvings = len(numbers(cfg['mult'])) - 1
-    if cfg['res'] % 2**halvings: stop(f'side {cfg["res"]} cannot be halved {halvings} times: change --res or --mult')
-    if len(numbers(cfg['ts'])) < cfg['nfe']: stop(f'--nfe {cfg["nfe"]} needs as many noise levels, --ts is {cfg["ts"]}')
-    if cfg['label'] >= cfg['classes'] * cfg['cond']: stop(f'--label {cfg["label"]}: the network has no such class')
-    return argparse.Namespace(**cfg)
-
 # ------------------------------------------------------------------------------------------------------ method
 
 SD = 0.5                                # sigma_d, the standard deviation of the data
@@ -158,42 +49,26 @@ EPS = 0.002                             # the smallest noise level
 def f(net, x, t, labels=None):
     """Consistency function: x (B, 3, H, W) at noise level t (B,) or (B, 1, 1, 1) -> estimate of x_eps, like x.
 
-    EDM's preconditioning shifted so that f(x, eps) = x [App. C]; net is the raw network F."""
+    EDM's preconditioning shifted so that f(x, eps) = x [CT, App. C]; net is the raw network F."""
     t = t.to(x).view(-1, 1, 1, 1)
-    c_skip, c_in = SD**2 / ((t - EPS)**2 + SD**2), 1 / (t**2 + SD**2).sqrt()
+    c_skip = SD**2 / ((t - EPS)**2 + SD**2)
     c_out = (t - EPS) * SD / (t**2 + SD**2).sqrt()
-    return c_skip * x + c_out * net(c_in * x, t.flatten().log() / 4, labels)
-
-
-def grid(cfg, i, N):
-    """The i-th of N noise levels, i = 0 for eps and N - 1 for t_max [Karras et al. 2022, eq. 5], float64 like i"""
-    low, high = EPS ** (1 / cfg.rho), cfg.t_max ** (1 / cfg.rho)
-    return (low + i / (N - 1) * (high - low)) ** cfg.rho
+    c_in = 1 / (t**2 + SD**2).sqrt()
+    c_noise = t.flatten().log() / 4
+    return c_skip * x + c_out * net(c_in * x, c_noise, labels)
 
 
 class Loss(nn.Module):
-    """The objective at the top of this file; data is unused."""
+    """The objective at the top of this file."""
 
     def __init__(self, net, cfg, data):
         super().__init__()
         self.net, self.cfg = net, cfg
 
-    def phase(self, step):
-        """-> name, first step, learning rate, images per step."""
-        return 'ict', 0, self.cfg.lr * (1 - step / self.cfg.steps if self.cfg.anneal else 1), self.cfg.batch
-
-    def begin(self, ema):
-        """Called before the first step."""
-
-    def schedule(self, k):
-        """Step k -> N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2 floor(s1 / s0) + 1))"""
-        cfg = self.cfg
-        length = max(1, cfg.steps // (math.log2(cfg.s1 // cfg.s0) + 1))
-        return min(cfg.s0 * 2 ** int(k // length), cfg.s1) + 1
-
-    def averages(self, ema, step):
-        """-> [(network that follows self.net, decay)], called after each step."""
-        return [(ema, self.cfg.ema)]
+    def forward(self, x, labels, u, z, step):
+        """x (B, 3, H, W) in [-1, 1], labels (B,) or None, u uniform (B,), z normal like x -> loss per sample (B,)."""
+        t, r = self.levels(u, step)
+        return self.pair(x, labels, z, t, r, step)
 
     def levels(self, u, step):
         """u uniform (B,) -> noise levels t > r (B,), float64: neighbours on the grid, each pair with the mass of the
@@ -202,10 +77,17 @@ class Loss(nn.Module):
         sigma = grid(cfg, torch.arange(N, dtype=torch.float64, device=u.device), N)
         mass = torch.special.ndtr((sigma.log() - cfg.P_mean) / cfg.P_std).diff().cumsum(0)
         n = torch.searchsorted(mass, u.double() * mass[-1], right=True).clamp(max=N - 2)
-        return sigma[n + 1], sigma[n]
+        t, r = sigma[n + 1], sigma[n]
+        return t, r
+
+    def schedule(self, k):
+        """Step k -> N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2 floor(s1 / s0) + 1))"""
+        cfg = self.cfg
+        length = max(1, cfg.steps // (math.log2(cfg.s1 // cfg.s0) + 1))
+        return min(cfg.s0 * 2 ** int(k // length), cfg.s1) + 1
 
     def pair(self, x, labels, z, t, r, step):
-        """Weighted distance of f(x_t, t) and f(x_r, r) -> (B,)."""
+        """Weighted distance of f(x_t, t) and its target at r -> (B,)."""
         w = (1 / (t - r)).to(x, non_blocking=True)              # from float64: t - r may be t / 1000
         t, r = (v.to(x, non_blocking=True).view(-1, 1, 1, 1) for v in (t, r))
         x_t, x_r = x + t * z, x + r * z
@@ -214,10 +96,23 @@ class Loss(nn.Module):
         c = self.cfg.c * x[0].numel()**0.5
         return w * ((distance**2 + c**2).sqrt() - c)
 
-    def forward(self, x, labels, u, z, step):
-        """x (B, 3, H, W) in [-1, 1], labels (B,) or None, u uniform (B,), z normal like x -> loss per sample (B,)."""
-        t, r = self.levels(u, step)
-        return self.pair(x, labels, z, t, r, step)
+    def phase(self, step):
+        """-> name, first step, learning rate, images per step"""
+        lr = self.cfg.lr * (1 - step / self.cfg.steps if self.cfg.anneal else 1)
+        return 'ict', 0, lr, self.cfg.batch
+
+    def begin(self, ema):
+        """Called before the first step."""
+
+    def averages(self, ema, step):
+        """-> [(network that follows self.net, decay)], called after each step."""
+        return [(ema, self.cfg.ema)]
+
+
+def grid(cfg, i, N):
+    """The i-th of N noise levels, i = 0 for eps and N - 1 for t_max [Karras et al. 2022, eq. 5], float64 like i"""
+    low, high = EPS ** (1 / cfg.rho), cfg.t_max ** (1 / cfg.rho)
+    return (low + i / (N - 1) * (high - low)) ** cfg.rho
 
 
 @contextlib.contextmanager
@@ -235,6 +130,49 @@ def sample(net, z, ts, labels=None, noise=None):
         x = x + max(t**2 - EPS**2, 0)**0.5 * (torch.randn_like(z) if noise is None else noise[i])
         x = f(net, x, torch.full((len(z),), t), labels).clamp(-1, 1)
     return x
+
+# ------------------------------------------------------------------------------------------------------ recipe
+
+CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]), or one value for all three
+    steps=(         6500,         400_000,      800_000,      'optimiser steps K [paper]'),
+    batch=(         32,           1024,         4096,         'images per step over all processes [paper]'),
+    lr=(            1.5e-3,       1e-4,         1e-4,         'learning rate [paper]'),
+    opt=(           'RAdam',                                  'optimiser [paper]'),
+    beta2=(         0.999,                                    'second moment decay, in [0, 1)'),
+    anneal=(        1,            0,            0,            '1: lr falls linearly to 0'),
+    ema=(           0.998,        0.99993,      0.99997,      'decay of the averaged weights [paper]'),
+    clip=(          math.inf,                                 'gradient norm limit'),
+    s0=(            10,                                       'N(0) - 1 [paper]'),
+    s1=(            80,           1280,         1280,         'N(K) - 1 [paper]'),
+    P_mean=(        0.0,          -1.1,         -1.1,         'ln t ~ about N(P_mean, P_std^2); may be negative'),
+    P_std=(         1.6,          2.0,          2.0,          'its standard deviation'),
+    c=(             0.00054,                                  'pseudo-Huber constant / sqrt(values) [paper]; 0: norm'),
+    t_max=(         20.0,         80.0,         80.0,         'largest noise level; the smallest is eps'),
+    rho=(           7.0,                                      'exponent of the grid of noise levels'),
+    ts=(            (20, 1),      (80, 0.821),  (80, 1.526),  'noise levels of the sampler, the first --nfe of them'),
+    init=(          'none',                                   'none, a checkpoint of ours, or EDM .pkl (path, URL)'),
+    res=(           16,           32,           64,           'image side'),
+    flip=(          0,            1,            1,            '1: random horizontal flips'),
+    cond=(          0,            0,            1,            '1: class-conditional'),
+    classes=(       10,           10,           1000,         'classes if conditional (counted in the data)'),
+    arch=(          'ddpmpp',     'ncsnpp',     'ddpmpp',     'network'),
+    fourier=(       0.02,                                     'scale of the time embedding of ncsnpp [paper]'),
+    ch=(            32,           128,          192,          'channels at full resolution'),
+    mult=(          (1, 1, 2),    (2, 2, 2),    (1, 2, 3, 4), 'channel multipliers, full resolution first'),
+    blocks=(        1,            4,            3,            'residual blocks per resolution'),
+    attn=(          (8,),         (16,),        (32, 16, 8),  'resolutions with attention'),
+    head_dim=(      0,            0,            64,           'channels per attention head; 0: one head'),
+    dropout=(       0.0,          0.3,          0.2,          'dropout rate in [0, 1)'),
+    amp=(           'off',        'off',        'fp16',       'precision on a GPU; off: float32. On a CPU: off'),
+    seed=(          0,                                        'of all random numbers; may be negative'),
+    save_every=(    1000,         10_000,       10_000,       'steps between checkpoints and sample grids'),
+    log_every=(     50,           100,          100,          'steps between status lines'),
+)
+CHOICES = dict(arch=('ddpmpp', 'ncsnpp'),
+               opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'))
+
+# ==== From here on the scripts are the same, but for the network (ct and ict; scm), LPIPS and editing (ct), and ====
+# ==== the lines in which sct and scm choose their samplers.                                                     ====
 
 # ----------------------------------------------------------------------------------------------------- network
 
@@ -259,7 +197,7 @@ class Block(nn.Module):
 
     def __init__(self, cin, cout, emb, dropout, heads, turn, taps):
         super().__init__()
-        self.cin, self.heads, self.turn = cin, heads, turn
+        self.cin, self.cout, self.heads, self.turn = cin, cout, heads, turn
         self.register_buffer('taps', torch.tensor(taps) / sum(taps), persistent=False)
         self.norm0 = norm(cin)
         self.conv0 = init(nn.Conv2d(cin, cout, 3, padding=1))
@@ -300,11 +238,13 @@ class Residual(nn.Conv2d):
 
 class UNet(nn.Module):
     """EDM's DDPM++ or NCSN++ [Song et al. 2021; EDM networks.py SongUNet] without augmentation input:
-    (x (B, 3, H, W), c_noise (B,), labels (B,) or None) -> (B, 3, H, W). cfg: arch ch mult blocks attn head_dim ...
+    (x (B, 3, H, W), c_noise (B,), labels (B,) or None) -> (B, 3, H, W). cfg: res, cond, classes, dropout, and `shape`.
     Parameters stand in the order of EDM's, so its weights load by position."""
+    shape = 'arch ch mult blocks attn head_dim'.split()         # the knobs that come with --init
 
     def __init__(self, cfg):
         super().__init__()
+        self.cfg = cfg
         ncsnpp, taps = cfg.arch == 'ncsnpp', (1, 3, 3, 1) if cfg.arch == 'ncsnpp' else (1, 1)
         half, emb = cfg.ch if ncsnpp else cfg.ch // 2, 4 * cfg.ch
         self.scale = 2 * math.pi if ncsnpp else 1.0
@@ -318,19 +258,18 @@ class UNet(nn.Module):
             heads = attention and (max(1, cout // cfg.head_dim) if cfg.head_dim else 1)
             return Block(cin, cout, emb, cfg.dropout, heads, turn, taps)
 
-        widths = [cfg.ch * int(m) for m in numbers(cfg.mult)]
-        attn = [cfg.res >> level in numbers(cfg.attn) for level in range(len(widths))]
-        self.enc, self.dec = nn.ModuleList([init(nn.Conv2d(3, cfg.ch, 3, padding=1))]), nn.ModuleList()
-        skips, ch, aux = [cfg.ch], cfg.ch, 3
+        widths, ch = [int(cfg.ch * m) for m in cfg.mult], cfg.ch
+        attn = [cfg.res >> level in cfg.attn for level in range(len(widths))]
+        self.enc, self.dec, aux = nn.ModuleList([init(nn.Conv2d(3, ch, 3, padding=1))]), nn.ModuleList(), 3
         for level, width in enumerate(widths):
-            if level:
-                self.enc.append(block(ch, ch, turn='down'))
-                if ncsnpp: self.enc.append(init(Residual(aux, ch, taps))); aux = ch
-                skips.append(ch)
+            if level: self.enc.append(block(ch, ch, turn='down'))
+            if level and ncsnpp:
+                self.enc.append(init(Residual(aux, ch, taps)))
+                aux = ch
             for _ in range(cfg.blocks):
                 self.enc.append(block(ch, width, attn[level]))
                 ch = width
-                skips.append(ch)
+        skips = [cfg.ch, *(layer.cout for layer in self.enc if isinstance(layer, Block))]
         for level, width in reversed(list(enumerate(widths))):
             if level == len(widths) - 1: self.dec += [block(ch, ch, True), block(ch, ch)]
             else: self.dec.append(block(ch, ch, turn='up'))
@@ -345,95 +284,59 @@ class UNet(nn.Module):
             e = torch.cat([a.sin(), a.cos()], 1)
             if self.classes: e = e + self.map_label(one_hot(labels, self.classes).to(x) * self.classes**0.5)
             e = silu(self.map1(silu(self.map0(e))))
-        skips, aux = [], x
-        for layer in self.enc:
-            if isinstance(layer, Residual): x = skips[-1] = aux = layer(aux, x)
-            else:
-                x = layer(x, e) if isinstance(layer, Block) else layer(x)
-                skips.append(x)
+        skips, aux = [self.enc[0](x)], x
+        for layer in self.enc[1:]:
+            if isinstance(layer, Residual): aux = skips[-1] = layer(aux, skips[-1])
+            else: skips.append(layer(skips[-1], e))
+        x = skips[-1]
         for layer in self.dec:
             if layer.cin != x.shape[1]: x = torch.cat([x, skips.pop()], 1)
             x = layer(x, e)
         return self.out(silu(self.norm(x))).to(a.dtype)
 
-# ------------------------------------------------------------------------------------------------ EDM's pickles
+# -------------------------------------------------------------------------------------------------------- data
 
-class Record:
-    """Stands in for every object of an EDM pickle: holds its state, has no behaviour."""
-
-    def __init__(self, state=None): self.__dict__.update(state or {})
-    __setstate__ = __init__
-
-
-class EDMUnpickler(pickle.Unpickler):
-    """Reads the tensors and settings of an EDM .pkl (layout: its torch_utils/persistence.py) and runs none of the
-    source text in it. A name that is not on this list is an error."""
-
-    KNOWN = {
-        'torch_utils.persistence._reconstruct_persistent_obj': Record,
-        'torch.nn.modules.container.ModuleDict': Record,
-        'dnnlib.util.EasyDict': dict,
-        'collections.OrderedDict': OrderedDict,
-        'builtins.set': set,
-        'torch._utils._rebuild_parameter': lambda data, requires_grad, hooks: data,
-        'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
-        'torch.storage._load_from_bytes': lambda b: torch.load(io.BytesIO(b), map_location='cpu', weights_only=True),
-        'numpy.dtype': np.dtype,
-        'numpy.core.multiarray.scalar': lambda dtype, data: np.frombuffer(data, dtype)[0],
-        'numpy._core.multiarray.scalar': lambda dtype, data: np.frombuffer(data, dtype)[0],
-    }
-
-    def find_class(self, module, name):
-        if f'{module}.{name}' in self.KNOWN: return self.KNOWN[f'{module}.{name}']
-        raise pickle.UnpicklingError(f'it names {module}.{name}, which no EDM network needs')
-
-
-def load_edm(path_or_url):
-    """An EDM .pkl -> UNet with its `ema` weights, of the shape found in it (as knobs in net.shape). The augmentation
-    input is left out: the zeros it gets in use add nothing."""
-    path = fetch(path_or_url) if '://' in str(path_or_url) else path_or_url
-    try:
-        with open(path, 'rb') as file: song = EDMUnpickler(file).load()['ema'].state['_modules']['model']
-        args = dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16], label_dim=0,
-                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1)
-        args |= song.state['_init_kwargs']
-        kind = (song.class_name, args['embedding_type'], args['encoder_type'], args['decoder_type'])
-        arch = {('SongUNet', 'positional', 'standard', 'standard'): 'ddpmpp',
-                ('SongUNet', 'fourier', 'residual', 'standard'): 'ncsnpp'}[kind]
-        shape = dict(res=args['img_resolution'], arch=arch, ch=args['model_channels'], blocks=args['num_blocks'],
-                     mult=','.join(map(str, args['channel_mult'])), attn=','.join(map(str, args['attn_resolutions'])),
-                     head_dim=0, cond=int(args['label_dim'] > 0), classes=args['label_dim'])
-        net = UNet(argparse.Namespace(**shape, fourier=16.0, dropout=args['dropout']))
-
-        def tensors(state):             # depth first, as in state_dict()
-            for group in ('_parameters', '_buffers'):
-                yield from (v for name, v in state[group].items() if v is not None and name != 'resample_filter')
-            for name, module in state['_modules'].items():
-                if name != 'map_augment': yield from tensors(vars(module).get('state', vars(module)))
-
-        net.load_state_dict(dict(zip(net.state_dict(), tensors(song.state), strict=True)))
-    except (OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError,
-            pickle.UnpicklingError) as error:
-        stop(f'{path} is no DDPM++ or NCSN++ pickle of EDM: {type(error).__name__} {error}')
-    net.shape = shape
-    return net
+@contextlib.contextmanager
+def reading(file, advice=''):
+    """Whatever fails in here, while a file of unknown content is read, ends the program with one line about it."""
+    try: yield
+    except Exception as error: stop(f'{file} cannot be read: {type(error).__name__} {str(error)[:300]}{advice}')
 
 
 def fetch(url, sha256=None):
-    """Path of the file at url: in ./datasets or torch.hub's cache, or downloaded there; sha256 is checked always."""
-    name, cache = url.rsplit('/', 1)[1], Path(torch.hub.get_dir(), 'checkpoints')
-    path = next((p for p in (Path('datasets', name), cache / name) if p.exists()), cache / name)
-    try:
-        if not path.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            print(f'fetching {url} to {path}', flush=True)
+    """Path of the file at url in ./datasets, downloaded if it is not there; its sha256 is checked always."""
+    path = Path('datasets', url.rsplit('/', 1)[1])
+    if not path.exists():
+        print(f'fetching {url} to {path}', flush=True)
+        with reading(url, f': put it at {path}'):
+            path.parent.mkdir(exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError) as error: stop(f'cannot fetch {url} ({error}): put it at datasets/{name}')
     if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         stop(f'{path} is damaged, its sha256 is not {sha256}: delete it and start again')
     return path
 
-# -------------------------------------------------------------------------------------------------------- data
+
+def pictures(path):
+    """A folder or .zip of pictures with EDM's dataset.json if there, or CIFAR-10's binary .tar.gz -> names, sorted; a
+    function from a name to its PIL Image; labels (N,) or None"""
+    path, classes = Path(path), {}
+    if path.name.endswith('.tar.gz'):
+        with tarfile.open(path) as archive:
+            batches = sorted((m for m in archive if Path(m.name).match('data_batch_*.bin')), key=lambda m: m.name)
+            if not batches: raise ValueError('it holds no data_batch_*.bin: take the binary version of CIFAR-10')
+            rows = np.frombuffer(b''.join(archive.extractfile(m).read() for m in batches), np.uint8).reshape(-1, 3073)
+        planes = rows[:, 1:].reshape(-1, 3, 32, 32)
+        return range(len(rows)), lambda i: Image.fromarray(planes[i].transpose(1, 2, 0)), rows[:, 0]
+    kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
+    archive = None if path.is_dir() else zipfile.ZipFile(path)
+    files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*')]
+    content = archive.read if archive else lambda name: (path / name).read_bytes()
+    names = sorted(n for n in files if Path(n).suffix.lower() in kinds and Path(n).name[0] != '.')
+    if not names: raise ValueError(f'it holds no pictures ({" ".join(kinds)})')
+    if 'dataset.json' in files: classes = dict(json.loads(content('dataset.json'))['labels'] or [])
+    labels = np.array([classes[name] for name in names]) if classes else None
+    return names, lambda name: Image.open(io.BytesIO(content(name))), labels
+
 
 def glyphs(res=16, n=20_000, seed=0):
     """n digits in Pillow's built-in font, in random pose, size, place and colours, light on dark: a function of seed.
@@ -455,89 +358,32 @@ def glyphs(res=16, n=20_000, seed=0):
     return (images * 255).round().to(torch.uint8), labels
 
 
-def read_pictures(path):
-    """A folder or zip of pictures, sorted by name, with EDM's dataset.json if there -> number, iterator of (name, RGB
-    Image), labels or None. Grey and palette pictures become RGB, transparent parts white; it says so."""
-    archive = None if path.is_dir() else zipfile.ZipFile(path)
-    files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*')]
-    content = archive.read if archive else lambda name: (path / name).read_bytes()
-    kinds = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
-    names = sorted(n for n in files if n.lower().endswith(kinds) and n[:8] != '__MACOSX' and Path(n).name[0] != '.')
-    classes = dict(json.loads(content('dataset.json'))['labels'] or []) if 'dataset.json' in files else {}
-    if not names: stop(f'{path} holds no pictures ({" ".join(kinds)})')
-
-    def pictures():
-        converted = Counter()
-        for name in names:
-            image = Image.open(io.BytesIO(content(name)))
-            if image.mode not in ('RGB', '1', 'L', 'P', 'LA', 'PA', 'RGBA'):
-                stop(f'{path}/{name} is a {image.mode} picture: convert it to 8-bit RGB')
-            if image.mode != 'RGB':
-                converted[image.mode] += 1
-                image = image.convert('RGBA')
-                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-            yield f'{path}/{name}', image.convert('RGB')
-        for mode, count in converted.items(): print(f'{path}: {count} pictures of mode {mode} converted to RGB')
-
-    return len(names), pictures(), np.array([classes[n] for n in names]) if classes else None
-
-
-def read_arrays(path):
-    """.npy, .npz or CIFAR's binary tarball -> number, iterator of (name, RGB Image), labels or None"""
-    if path.suffix == '.npy': images, labels = np.load(path, allow_pickle=False), None
-    elif path.suffix == '.npz':
-        arrays = np.load(path, allow_pickle=False)
-        images = next(arrays[k] for k in ['images', 'arr_0', 'samples', *arrays] if k in arrays)
-        labels = next((arrays[k] for k in ('labels', 'arr_1') if k in arrays), None)
-    else:
-        with tarfile.open(path) as archive:
-            batches = sorted((m for m in archive if Path(m.name).match('data_batch_*.bin')), key=lambda m: m.name)
-            if not batches: stop(f'{path} holds no data_batch_*.bin: take the binary version of CIFAR-10')
-            rows = np.frombuffer(b''.join(archive.extractfile(m).read() for m in batches), np.uint8).reshape(-1, 3073)
-        images, labels = rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
-    if images.ndim == 3: images = images[..., None]
-    if images.ndim == 4 and images.shape[3] not in (1, 3): images = images.transpose(0, 2, 3, 1)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        stop(f'{path} holds {images.dtype} {images.shape}, not uint8 images (N, H, W, 3) or (N, 3, H, W)')
-    if images.shape[3] == 1: print(f'{path}: grey images repeated to 3 channels')
-    pictures = ((f'{path}[{i}]', Image.fromarray(a.repeat(3 // a.shape[2], 2))) for i, a in enumerate(images))
-    return len(images), pictures, labels
-
-
-@functools.lru_cache(1)
-def read(path, res):
-    """A folder, .zip, .npz, .npy or CIFAR .tar.gz -> images uint8 (N, 3, H, W), labels int64 (N,) or None.
-    The images must be squares of one size; with res > 0 they are centre-cropped and resized to it."""
-    path = Path(path)
-    if not path.exists(): stop(f'there is no {path}: --data is glyphs, cifar10, imagenet64 or a path')
-    if not (path.is_dir() or path.name.lower().endswith(('.zip', '.npz', '.npy', '.tar.gz', '.tgz'))):
-        stop(f'{path} is no folder, .zip, .npz, .npy or .tar.gz')
-    try:
-        count, pictures, labels = (read_pictures if path.is_dir() or path.suffix == '.zip' else read_arrays)(path)
-        images = np.empty((0, 0, 0, 3), np.uint8)
-        for i, (name, image) in enumerate(pictures):
-            if res and image.size != (res, res): image = ImageOps.fit(image, (res, res), Image.LANCZOS)
-            if not i: images = np.empty((count, image.height, image.width, 3), np.uint8)
-            if image.size != images.shape[2:0:-1] or image.width != image.height:
-                stop(f'{name} is {image.width} x {image.height}, the first is {images.shape[2]} x {images.shape[1]}: '
-                     'they must be squares of one size; --res N centre-crops and resizes them')
-            images[i] = image
-        labels = None if labels is None else torch.from_numpy(labels.astype(np.int64).reshape(count))
-    except (OSError, ValueError, EOFError, KeyError, StopIteration, Image.DecompressionBombError, tarfile.TarError,
-            zipfile.BadZipFile, zlib.error) as error:
-        stop(f'{path} cannot be read: {type(error).__name__} {error}')
-    if not count: stop(f'{path} holds no images')
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), labels
-
-
 def load_data(cfg):
-    """-> images uint8 (N, 3, H, W), labels int64 (N,) or None (None if cfg.cond is 0)"""
+    """-> images uint8 (N, 3, res, res), labels int64 (N,) or None (None if cfg.cond is 0). Pictures other than squares
+    of that side are cropped in the middle and resized; transparent parts become white."""
     path = cfg.data
     if path == 'cifar10': path = fetch('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
                                        'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
     if path == 'imagenet64': path = 'datasets/imagenet-64x64.zip'       # written by EDM's dataset_tool.py
-    images, labels = glyphs(cfg.res) if path == 'glyphs' else read(str(path), cfg.res if cfg.resize else 0)
-    if cfg.cond and labels is None: stop(f'{path} has no labels (dataset.json, or labels in the .npz): use --cond 0')
+    if path == 'glyphs': images, labels = glyphs(cfg.res)
+    else:
+        with reading(path): names, picture, labels = pictures(path)
+        images, cropped = torch.empty(len(names), 3, cfg.res, cfg.res, dtype=torch.uint8), 0
+        for i, name in enumerate(names):
+            with reading(f'{path}/{name}'):
+                image = picture(name)
+                if image.mode not in ('RGB', '1', 'L', 'P', 'LA', 'PA', 'RGBA'):
+                    raise ValueError(f'a {image.mode} picture: convert it to 8-bit RGB')
+                if image.mode != 'RGB':
+                    image = image.convert('RGBA')
+                    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+                cropped += image.size != (cfg.res, cfg.res)
+                image = ImageOps.fit(image, (cfg.res, cfg.res), Image.LANCZOS)
+                images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if cropped and os.environ.get('RANK', '0') == '0':
+            print(f'{path}: {cropped} of {len(names)} pictures cropped and resized to side {cfg.res}')
+        if labels is not None: labels = torch.from_numpy(labels.astype(np.int64))
+    if cfg.cond and labels is None: stop(f'{path} has no labels in a dataset.json: use --cond 0')
     return images, labels if cfg.cond else None
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -557,17 +403,14 @@ def draw(cfg, n, batch, step, device):
     return index, u, flips, torch.randn(batch, 3, cfg.res, cfg.res, generator=here, device=device)
 
 
-def load_checkpoint(path):
-    """A checkpoint of any of the scripts as a dict (method, step, config, loss, ema, opt, scaler), or None."""
-    try: return torch.load(path, map_location='cpu', weights_only=True) if Path(path).exists() else None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        stop(f'{path} is damaged or no checkpoint: {str(error)[:200]}')
-
-
 def read_checkpoint(out):
-    """The checkpoint of the run folder, which must be this script's."""
-    saved = load_checkpoint(Path(out, 'latest.pt'))
-    if saved and saved['method'] != METHOD: stop(f'{out} is a run of {saved["method"]}.py: give another --out')
+    """The checkpoint in the run folder, which must be this script's, or None: a dict of method, step, config, and the
+    states loss, ema, opt, scaler."""
+    path = Path(out, 'latest.pt')
+    if not path.exists(): return None
+    with reading(path):
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        if saved['method'] != METHOD: stop(f'{out} is a run of {saved["method"]}.py: give another --out')
     return saved
 
 
@@ -577,55 +420,47 @@ def write(path, writer):
     try:
         with open(part, 'wb') as file: writer(file)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        stop(f'cannot write {path}: {error}', 1)
+    finally: part.unlink(missing_ok=True)
 
 
 def new_network(cfg):
     """A fresh UNet, or the one that --init names, whose shape then enters cfg."""
     torch.manual_seed(cfg.seed)
     if cfg.init == 'none': return UNet(cfg)
-    if cfg.init.endswith('.pkl'):
-        donor = load_edm(cfg.init)
-        shape, state = donor.shape, donor.state_dict()
-    else:
-        donor = load_checkpoint(cfg.init) or stop(f'--init: there is no {cfg.init}')
-        shape = {k: donor['config'][k] for k in 'res arch ch mult blocks attn head_dim cond classes'.split()}
-        state = donor['ema']
-    for name in ('res', 'cond', 'classes')[:2 + cfg.cond]:
-        here = getattr(cfg, name)
-        if shape[name] != here: stop(f'--init {cfg.init} has {name} {shape[name]}, this run has {here}')
-    vars(cfg).update(shape, classes=cfg.classes)
-    net = UNet(cfg)
-    net.load_state_dict(state)
+    with reading(cfg.init):
+        if cfg.init.endswith('.pkl'):
+            donor = load_edm(cfg.init)
+            shape, state = vars(donor.cfg), donor.state_dict()
+        else:                           # the checkpoint of any of the scripts
+            donor = torch.load(cfg.init, map_location='cpu', weights_only=True)
+            shape, state = donor['config'], donor['ema']
+        vars(cfg).update({name: shape[name] for name in UNet.shape})
+        net = UNet(cfg)
+        net.load_state_dict(state)
     return net
 
 
-def precision(cfg, device):
-    """-> off, fp16 or bf16, and a maker of autocast contexts. auto: off on the CPU, fp16 on a GPU, since two nearby
-    outputs are subtracted and it keeps three more bits than bf16."""
-    amp = cfg.amp if cfg.amp != 'auto' else 'fp16' if device.type == 'cuda' else 'off'
-    dtype = torch.bfloat16 if amp == 'bf16' else torch.float16
-    return amp, lambda: torch.autocast(device.type, dtype, enabled=amp != 'off')
+def autocast(cfg, device):
+    """The context of a forward pass with --amp."""
+    dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(cfg.amp)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def train(cfg, data, rank, world, device):
     """Every phase of the run in cfg.out, from its checkpoint if there is one."""
     out, (images, labels), saved = Path(cfg.out), data, read_checkpoint(cfg.out)
+    if device.type == 'cuda' and images.numel() < torch.cuda.mem_get_info()[0] / 3: images = images.to(device)
     if cfg.cond: cfg.classes = int(labels.max()) + 1
     net = (UNet(cfg) if saved else new_network(cfg)).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    loss_fn = Loss(net, cfg, data).to(device)
+    loss_fn = Loss(net, cfg, (images, labels)).to(device)
     weights = [p for p in loss_fn.parameters() if p.requires_grad]
     new_optimiser = lambda: getattr(torch.optim, cfg.opt)(weights, lr=cfg.lr, betas=(0.9, cfg.beta2), foreach=True)
-    amp, autocast = precision(cfg, device)
-    opt, scaler, start = new_optimiser(), torch.amp.GradScaler(device.type, enabled=amp == 'fp16'), 0
+    opt, scaler, start = new_optimiser(), torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16'), 0
     if saved:
-        try:
+        with reading(out / 'latest.pt', ': do the flags fit it?'):
             for part, name in ((loss_fn, 'loss'), (ema, 'ema'), (opt, 'opt')): part.load_state_dict(saved[name])
-            if saved['scaler'] and amp == 'fp16': scaler.load_state_dict(saved['scaler'])
-        except (RuntimeError, ValueError) as error: stop(f'{out}/latest.pt does not fit these flags: {error}')
+            if saved['scaler'] and cfg.amp == 'fp16': scaler.load_state_dict(saved['scaler'])
         start = saved['step']
         if start >= cfg.steps: stop(f'{out} is complete, step {start}: --steps N goes on, --sample N draws from it', 0)
     if cfg.compile: net.compile(dynamic=False)
@@ -634,12 +469,12 @@ def train(cfg, data, rank, world, device):
         out.mkdir(parents=True, exist_ok=True)
         size = sum(p.numel() for p in weights)
         print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {size:,} weights, '
-              f'{world} x {device.type}, amp {amp}, steps {start} to {cfg.steps}, in {out}', flush=True)
+              f'{world} x {device.type}, amp {cfg.amp}, steps {start} to {cfg.steps}, in {out}', flush=True)
         picture_grid(images[torch.linspace(0, len(images) - 1, 100).long().to(images.device)], out / 'data.png')
 
-    halt = []                           # signals received: save and leave at the next step all processes agree on
+    halt = []                           # signals received: save and leave
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda number, frame: halt.append(number))
-    total, bad, last, since = torch.zeros(3, device=device), torch.tensor(math.inf, device=device), start, time.time()
+    total, last, since = torch.zeros(4, device=device), start, time.time()
     for step in range(start, cfg.steps):
         phase, first, lr, batch = loss_fn.phase(step)
         if batch < world: stop(f'{world} processes for a batch of {batch}')
@@ -650,53 +485,48 @@ def train(cfg, data, rank, world, device):
 
         index, u, flips, z = draw(cfg, len(images), batch, step, device)    # below, non_blocking copies never wait
         torch.manual_seed(seed_of(cfg, 3 + rank, step))         # dropout
-        shares = torch.arange(rank, batch, world).split(cfg.micro or batch)
         opt.zero_grad()
-        for rows in shares:
-            mine, flip = index[rows].to(images.device, non_blocking=True), flips[rows].to(device, non_blocking=True)
-            x = images[mine].to(device).float() / 127.5 - 1
-            x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x).contiguous(memory_format=torch.channels_last)
+        stride = world * (cfg.micro or batch)
+        for begin in range(rank, batch, stride):
+            rows = slice(begin, begin + stride, world)
+            flip = flips[rows].to(device, non_blocking=True).view(-1, 1, 1, 1)
+            x = images[index[rows].to(images.device, non_blocking=True)].to(device).float() / 127.5 - 1
+            x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
             y = labels[index[rows]].to(device, non_blocking=True) if cfg.cond else None
-            noise = z[rows.to(device, non_blocking=True)]
-            with contextlib.nullcontext() if world == 1 or rows is shares[-1] else step_fn.no_sync():
-                with autocast(): loss = step_fn(x, y, u[rows], noise, step).sum() / batch
+            with contextlib.nullcontext() if world == 1 or begin + stride >= batch else step_fn.no_sync():
+                with autocast(cfg, device): loss = step_fn(x, y, u[rows], z[rows], step).sum() / batch
                 scaler.scale(loss * world).backward()           # DistributedDataParallel averages over processes
             total[0] += loss.detach()
         scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_(weights, cfg.clip)
         fine = norm.isfinite()          # if not: the scaler of fp16 skips the step; other runs end at the status line
-        total[1:] += torch.stack([torch.where(fine, norm, 0.0), (~fine).float()])
-        bad = torch.where(fine, bad, bad.clamp(max=step))
+        total[1:3] += torch.stack([torch.where(fine, norm, 0.0), (~fine).float()])
         scaler.step(opt)
         scaler.update()
         for average, decay in loss_fn.averages(ema, step):
             torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
-        done, halting = step + 1, bool(halt)
+        done = step + 1
         save = done % cfg.save_every == 0 or done == cfg.steps
-        status = save or done % cfg.log_every == 0
+        if not save and done % cfg.log_every and not (halt and world == 1): continue    # several halt at a status line
+        total[3] = len(halt)
         if world > 1:
-            if not status and device.type != 'cpu': continue    # to ask the other GPUs at every step would stall them
-            votes = torch.tensor(float(halting), device=device)
-            dist.all_reduce(votes)
-            halting = votes.item() > 0
-        if not (status or halting): continue
-        if world > 1: dist.all_reduce(total[:1])                # the loss; the gradient is the same everywhere
-        count, (loss, norm, skipped) = done - last, total.tolist()
-        if not math.isfinite(loss) or skipped and amp != 'fp16' or skipped == count >= 20:
-            raise FloatingPointError(f'loss {loss / count:.4g}, gradient not finite at step {bad.item():.0f}; '
-                                     f'the checkpoint in {out} is from before. Lower --lr, or use --amp off')
+            dist.all_reduce(total)
+            total[1:3] /= world         # the gradient is the same everywhere
+        count, (loss, norm, skipped, halting) = done - last, total.tolist()
+        if not math.isfinite(loss) or skipped and cfg.amp != 'fp16' or skipped == count >= 20:
+            raise FloatingPointError(f'loss {loss / count:.4g}, {skipped:.0f} gradients not finite in steps {last} to '
+                                     f'{done}; the checkpoint in {out} is from before. Lower --lr, or use --amp off')
         if rank == 0:
             row = dict(step=done, phase=phase, loss=loss / count, grad_norm=norm / max(count - skipped, 1), lr=lr,
-                       images_per_second=count * batch / (time.time() - since), skipped=int(skipped))
+                       images_per_second=count * batch / (time.time() - since), skipped=round(skipped))
             report(cfg, row, (cfg.steps - done) * (time.time() - since) / count)
             if save or halting:
                 recipe = {k: v for k, v in vars(cfg).items() if k == 'data' or k not in FLAGS}
                 state = dict(method=METHOD, step=done, config=recipe, loss=loss_fn.state_dict(), ema=ema.state_dict(),
                              opt=opt.state_dict(), scaler=scaler.state_dict())
                 write(out / 'latest.pt', lambda file: torch.save(state, file))
-                ts = numbers(cfg.ts)
-                grids = [generate(cfg, ema, torch.arange(100), ts[:k], device) for k in (1, 2) if k <= len(ts)]
+                grids = [generate(cfg, ema, torch.arange(100), cfg.ts[:k], device) for k in (1, 2) if k <= len(cfg.ts)]
                 picture_grid(torch.cat(grids), out / f'samples-{done:06d}.png')
         if halting:
             if world > 1: dist.barrier()                        # the checkpoint is written before anyone leaves
@@ -711,10 +541,8 @@ def train(cfg, data, rank, world, device):
 
 def report(cfg, row, left):
     """One status line, in place on a terminal, and one row of log.csv. left: seconds to the end at this pace."""
-    log = Path(cfg.out, 'log.csv')
-    new = not log.exists()
-    with open(log, 'a', newline='') as file:
-        if new: csv.writer(file).writerow(row)
+    with open(Path(cfg.out, 'log.csv'), 'a', newline='') as file:
+        if not file.tell(): csv.writer(file).writerow(row)
         csv.writer(file).writerow([f'{v:.6g}' if isinstance(v, float) else v for v in row.values()])
     memory = f'  {torch.cuda.max_memory_allocated() / 2**30:.1f} GB' if torch.cuda.is_available() else ''
     line = (f'{row["phase"]:9s} {row["step"]:7d} {100 * row["step"] / cfg.steps:3.0f}%  loss {row["loss"]:<8.4g} '
@@ -737,7 +565,7 @@ def generate(cfg, net, index, ts, device):
         return torch.stack([torch.randn(3, cfg.res, cfg.res, generator=g) for _ in ts])
     z, *noise = torch.stack([normals(i) for i in index.tolist()], 1).to(device)
     labels = classes_of(cfg, index).to(device) if cfg.cond else None
-    with precision(cfg, device)[1](): x = sample(net, z, ts, labels, noise)
+    with autocast(cfg, device): x = sample(net, z, ts, labels, noise)
     if not x.isfinite().all(): raise FloatingPointError('the network returns NaN')
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)      # to the nearest level, as EDM does
 
@@ -759,7 +587,7 @@ def write_samples(cfg, data, rank, world, device):
     net.load_state_dict(saved['ema'])
     if cfg.compile: net.compile(dynamic=False)
     images = torch.zeros(cfg.sample, 3, cfg.res, cfg.res, dtype=torch.uint8, device=device)
-    ts = numbers(cfg.ts)[:cfg.nfe]
+    ts = cfg.ts[:cfg.nfe]
     for rows in torch.arange(rank, cfg.sample, world).split(cfg.micro or (500 if device.type == 'cuda' else 50)):
         images[rows.to(device)] = generate(cfg, net, rows, ts, device)
         done = (int(rows[-1]) + 1) / cfg.sample
@@ -776,48 +604,160 @@ def write_samples(cfg, data, rank, world, device):
             write(save / f'{i:06d}.png', lambda file: image.save(file, 'PNG'))
     print(f'{cfg.sample} samples of step {saved["step"]} from noise levels {ts} in {time.time() - start:.0f} s: {save}')
 
-# -------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------- EDM's checkpoints
 
-def process(local, cfg, port=None):
-    """One process of a run: of torchrun (it sets RANK), of --gpus (port is given), or the only one."""
-    if port:
-        os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(local), WORLD_SIZE=str(cfg.gpus))
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+class Record(dict):
+    """Stands in for every object of an EDM pickle but tensors: keeps what it is given, has no behaviour."""
+    args = ()
+
+    def __init__(self, *args): self.args = args
+
+    def __setstate__(self, state): self.state = state
+
+
+class EDMUnpickler(pickle.Unpickler):
+    """Reads an EDM .pkl (layout: its torch_utils/persistence.py) as data: tensors, and Records for all else. None of
+    the source text in it runs."""
+
+    TENSORS = {
+        'torch._utils._rebuild_parameter': lambda data, requires_grad, hooks: data,
+        'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
+        'torch.storage._load_from_bytes': lambda b: torch.load(io.BytesIO(b), map_location='cpu', weights_only=True),
+    }
+
+    def find_class(self, module, name): return self.TENSORS.get(f'{module}.{name}', Record)
+
+
+def load_edm(path_or_url):
+    """An EDM .pkl -> UNet with its `ema` weights, of the shape found in it (knobs in net.cfg). The augmentation input
+    is left out: the zeros it gets in use add nothing. Any other file ends the program."""
+    path = fetch(path_or_url) if '://' in str(path_or_url) else path_or_url
+    with reading(path), open(path, 'rb') as file:
+        meta = EDMUnpickler(file).load()['ema'].args[0]['state']['_modules']['model'].args[0]
+        args = dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16], label_dim=0,
+                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1)
+        args |= meta['state']['_init_kwargs']
+        kind = (meta['class_name'], args['embedding_type'], args['encoder_type'], args['decoder_type'])
+        arch = {('SongUNet', 'positional', 'standard', 'standard'): 'ddpmpp',
+                ('SongUNet', 'fourier', 'residual', 'standard'): 'ncsnpp'}.get(kind)
+        if arch not in CHOICES['arch']: raise ValueError(f'it holds a {kind}, not one of {CHOICES["arch"]}')
+        net = UNet(argparse.Namespace(
+            res=args['img_resolution'], arch=arch, ch=args['model_channels'], mult=tuple(args['channel_mult']),
+            blocks=args['num_blocks'], attn=tuple(args['attn_resolutions']), head_dim=0, fourier=16.0,
+            cond=int(args['label_dim'] > 0), classes=args['label_dim'], dropout=args['dropout']))
+
+        def tensors(state):             # depth first, as in state_dict()
+            for group in ('_parameters', '_buffers'):
+                yield from (v for name, v in state[group].items() if v is not None and name != 'resample_filter')
+            for name, module in state['_modules'].items():
+                if name != 'map_augment': yield from tensors(module.args[0]['state'] if module.args else module.state)
+
+        net.load_state_dict(dict(zip(net.state_dict(), tensors(meta['state']), strict=True)))
+    return net
+
+# ------------------------------------------------------------------------------------------------ command line
+
+METHOD = Path(__file__).stem
+DATA = ('glyphs', 'cifar10', 'imagenet64')
+FLAGS = dict(                           # how to run
+    data=('glyphs', 'glyphs, cifar10, imagenet64, or a folder or .zip of pictures, or CIFAR-10\'s binary .tar.gz'),
+    out=('', 'run folder [runs/<method>-<data>]'),
+    gpus=(1, 'processes, one per GPU'),
+    device=('auto', 'cpu leaves the GPUs alone'),
+    micro=(0, 'most images one process holds at once; 0: its whole share'),
+    compile=(False, 'torch.compile the network'),
+    sample=(0, 'write this many samples of the run in --out and stop'),
+    nfe=(1, 'network evaluations per sample'),
+    save=('', 'where the samples go: an .npz, or a folder of PNG [<out>/samples.npz]'),
+    label=(-1, 'class of all samples; -1: all classes equally'),
+)
+
+
+def stop(message, code=2):
+    """One line on stderr (from the first process only) and the exit code: 2 for bad input, 1 for a failed run."""
+    if os.environ.get('RANK', '0') == '0': print(f'{METHOD}.py:', *str(message).split(), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def numbers(text):
+    """'80,0.821' -> (80.0, 0.821)"""
+    return tuple(float(word) for word in text.split(','))
+
+
+def config(argv=None):
+    """Knobs and flags as a Namespace: the column of CONFIG for --data (a path: of its image size, from scratch), or the
+    config of the checkpoint in --out; then argv. Bad values end the program."""
+    parser = argparse.ArgumentParser(f'{METHOD}.py', allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: stop(f'{message}; see --help')
+    knobs = {**FLAGS, **CONFIG}
+    for name, (value, *more, meaning) in knobs.items():
+        choices = (0, 1) if meaning[:3] in ('0: ', '1: ') else CHOICES.get(name)
+        kind = dict(type=numbers if isinstance(value, tuple) else type(value), choices=choices)
+        if value is False: kind = dict(action='store_true')
+        parser.add_argument(f'--{name}', help=f'{meaning} [{", ".join(map(str, (value, *more)))}]', **kind)
+    given = vars(parser.parse_args(argv))
+    cfg = {name: value for name, (value, _) in FLAGS.items()} | given
+    cfg['out'] = cfg['out'] or f'runs/{METHOD}-{Path(cfg["data"]).name.split(".")[0]}'
+    saved, column, own = read_checkpoint(cfg['out']), cfg['data'], {}
+    if saved: cfg |= saved['config'] | given
+    elif cfg['sample']: stop(f'no checkpoint in {cfg["out"]}: train first, or name the run with --out')
+    else:
+        if column not in DATA:
+            with reading(column, f': --data is {", ".join(DATA)}, or a folder, .zip or .tar.gz of pictures'):
+                names, picture, labels = pictures(column)
+                own = dict(res=cfg.get('res') or min(picture(names[0]).size), init='none')
+            if labels is None: own['cond'] = 0
+            column = min(DATA, key=lambda name: abs(math.log(CONFIG['res'][DATA.index(name)] / own['res'])))
+        cfg |= {k: v[DATA.index(column) if len(v) == 4 else 0] for k, v in CONFIG.items()} | own | given
+        if cfg['init'] == 'none': cfg['init'] = cfg.get('teacher', 'none')     # distillation starts from its teacher
+        if cfg['init'] != 'none': cfg['warmup'] = given.get('warmup', 0)       # the checkpoint is the diffusion model
+    if cfg['device'] == 'cpu' or not torch.cuda.is_available(): cfg['amp'] = given.get('amp', 'off')
+    for name, (*table, meaning) in knobs.items():
+        value, fraction = cfg[name], '[0, 1)' in meaning
+        if value in table or not isinstance(value, (int, float)): continue
+        least = value > 0 or 'negative' in meaning or value == 0 and (fraction or '0: ' in meaning)
+        if not (least and abs(value) < (1 if fraction else math.inf)): stop(f'--{name} cannot be {value}: {meaning}')
+    halvings = len(cfg['mult']) - 1
+    if cfg['res'] % 2**halvings: stop(f'side {cfg["res"]} cannot be halved {halvings} times: change --res or --mult')
+    if len(cfg['ts']) < cfg['nfe']: stop(f'--nfe {cfg["nfe"]} needs as many noise levels, --ts is {cfg["ts"]}')
+    if cfg['label'] >= cfg['classes'] * cfg['cond']: stop(f'--label {cfg["label"]}: the network has no such class')
+    return argparse.Namespace(**cfg)
+
+
+def process(local, cfg):
+    """One process of a run: of torchrun, which sets LOCAL_RANK, RANK and WORLD_SIZE, or of --gpus."""
+    if 'LOCAL_RANK' not in os.environ: os.environ.update(RANK=str(local), WORLD_SIZE=str(cfg.gpus))
+    rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     device = torch.device('cuda', local) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision('high')              # TF32, also where amp is off
+        torch.backends.cudnn.allow_tf32 = cfg.amp != 'off'
+        torch.set_float32_matmul_precision('highest' if cfg.amp == 'off' else 'high')
     elif world > 1: torch.set_num_threads(max(1, os.cpu_count() // world))
     if world > 1:
         warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         if local: dist.barrier()                                # one process of a machine downloads for all
-    if '://' in cfg.init and not Path(cfg.out, 'latest.pt').exists(): fetch(cfg.init)
-    data = None
-    if not cfg.sample:
-        images, labels = load_data(cfg)
-        read.cache_clear()
-        if device.type == 'cuda' and images.numel() < torch.cuda.mem_get_info()[0] / 3: images = images.to(device)
-        data = images, labels
-    if world > 1 and not local: dist.barrier()
-    try: (write_samples if cfg.sample else train)(cfg, data, rank, world, device)
-    except FloatingPointError as error: stop(str(error), 1)
-    except torch.OutOfMemoryError as error: sys.exit(f'{METHOD}.py: out of GPU memory, lower --micro: {error}')
+    try:
+        if '://' in cfg.init and not Path(cfg.out, 'latest.pt').exists(): fetch(cfg.init)
+        data = None if cfg.sample else load_data(cfg)
+        if world > 1 and not local: dist.barrier()
+        (write_samples if cfg.sample else train)(cfg, data, rank, world, device)
+    except (FloatingPointError, OSError) as error: stop(f'{error}. What was saved in {cfg.out} is whole', 1)
     finally:
         if world > 1: dist.destroy_process_group()
 
 
 def main(argv=None):
     cfg = config(argv)
-    if 'RANK' in os.environ: return process(int(os.environ['LOCAL_RANK']), cfg)
-    if cfg.gpus == 1: return process(0, cfg)
+    if cfg.gpus == 1 or 'LOCAL_RANK' in os.environ: return process(int(os.environ.get('LOCAL_RANK', 0)), cfg)
     if cfg.device == 'auto' and torch.cuda.device_count() < cfg.gpus:
         stop(f'--gpus {cfg.gpus}: this machine has {torch.cuda.device_count()}; --device cpu runs them on the CPU')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    group = mp.spawn(process, (cfg, port), cfg.gpus, join=False)
+        os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))
+    group = mp.spawn(process, (cfg,), cfg.gpus, join=False)
     for s in (signal.SIGINT, signal.SIGTERM):                   # the processes save, then all end
         signal.signal(s, lambda number, frame: [os.kill(pid, number) for pid in group.pids()])
     try:

@@ -33,9 +33,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GP
 slow = pytest.mark.skipif(not any('slow' in word for word in sys.argv), reason='takes many minutes: pytest -k slow test_all.py')
 every_method = pytest.mark.parametrize('name', METHODS)
 
-METHOD_NAMES = {'CONFIG', 'PRESET', 'f', 'Loss', 'sample'}      # the only names whose text may differ between scripts, and
-OWN = {'sct': {'generate', 'write_samples'},                    # where a method's own network or sampler enters, by a few
-       'scm': {'Block', 'UNet', 'generate', 'write_samples'}}   # lines: scm's double normalisation, sct's segments
+METHOD_NAMES = {'CONFIG', 'CHOICES', 'f', 'Loss', 'sample'}     # the only names whose text may differ between scripts, and
+OWN = {'ct': {'Block', 'UNet'}, 'ict': {'Block', 'UNet'},       # where a method's own network or sampler enters, by a few
+       'sct': {'generate', 'write_samples'},                    # lines: NCSN++, segments of t, double normalisation
+       'scm': {'Block', 'UNet', 'generate', 'write_samples'}}
 TINY = '--ch 8 --mult 1,2 --blocks 1 --attn 4 --batch 8 --log_every 2 --dropout 0 --lr 1e-3'.split()
 PHASES = {'ct': ['--metric', 'l2'], 'ict': [], 'ect': ['--warmup', '4', '--lr_warmup', '1e-3'],
           'sct': ['--warmup', '4', '--lr_warmup', '1e-3'],
@@ -51,15 +52,23 @@ def pictures(n=40, side=8, seed=0):
     return np.stack([np.asarray(Image.fromarray(a).resize((side, side), Image.BILINEAR)) for a in small])
 
 
+def zipped(path, images, labels=None):
+    """A .zip of PNG pictures as EDM's dataset_tool.py writes it, with dataset.json if there are labels -> path"""
+    names = [f'{i // 10:05d}/img{i:08d}.png' for i in range(len(images))]
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, image in zip(names, images):
+            with archive.open(name, 'w') as file: Image.fromarray(image).save(file, 'PNG')
+        archive.writestr('__MACOSX/._x.png', b'junk')
+        if labels is not None: archive.writestr('dataset.json', json.dumps(dict(labels=list(zip(names, labels.tolist())))))
+    return path
+
+
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
 
 
 @pytest.fixture(scope='session')
-def npz(tmp_path_factory):
-    path = tmp_path_factory.mktemp('data') / 'small.npz'
-    np.savez(path, images=pictures(), labels=np.arange(40) % 4)
-    return str(path)
+def data(tmp_path_factory): return str(zipped(tmp_path_factory.mktemp('data') / 'small.zip', pictures(), np.arange(40) % 4))
 
 
 def run(name, *argv, env=None, timeout=300):
@@ -128,7 +137,8 @@ def test_a_name_that_two_methods_share_has_the_same_text_and_place():
         for n in own:
             lines = difflib.ndiff(texts[n].splitlines(), pieces(name)[n].splitlines())
             changed = [line for line in lines if line[0] in '+-' and line[1:].strip()]
-            assert 0 < len(changed) <= 20, (name, n, len(changed))
+            assert 0 < len(changed) <= 32, (name, n, len(changed))
+    for n in OWN['ct']: assert pieces('ct')[n] == pieces('ict')[n]
     for a in METHODS:
         for b in METHODS:
             assert [n for n in order[a] if n in order[b]] == [n for n in order[b] if n in order[a]], f'order of {a}, {b}'
@@ -146,14 +156,16 @@ def test_scripts_import_the_standard_library_and_four_packages():
 @every_method
 def test_every_knob_is_used_and_explained(name, capsys):
     source, module = (HERE / f'{name}.py').read_text(), MODULES[name]
-    body = source[source.index('\nMETHOD ='):]
+    table = source.index('\nCONFIG =')
+    body = source[:table] + source[source.index('\n)', table):]
     with pytest.raises(SystemExit) as end: module.main(['--help'])
     text = capsys.readouterr().out
     assert end.value.code == 0
     for knob in module.CONFIG | module.FLAGS:
         assert re.search(rf'cfg\.{knob}\b|\'{knob}\'', body), f'--{knob} of {name}.py is not used'
         assert f'--{knob}' in text
-    for preset in module.PRESET.values(): assert set(preset) <= set(module.CONFIG)
+    for knob, (*columns, meaning) in module.CONFIG.items():
+        assert len(columns) in (1, 3) and isinstance(meaning, str) and meaning, knob
 
 
 def test_what_a_reader_sees_side_by_side():
@@ -281,8 +293,7 @@ def test_learning_rate_anneals_to_zero_in_each_stage():
 # ----------------------------------------------------------------------------------------------------- oracles
 
 @needs_golden
-@pytest.mark.parametrize('arch', ['ddpmpp', 'ncsnpp'])
-@every_method
+@pytest.mark.parametrize('name, arch', [(n, a) for n in METHODS for a in MODULES[n].CHOICES['arch'] if a != 'scm'])
 def test_network_and_pickle_reader_agree_with_edm(name, arch):
     golden = np.load(GOLDEN / f'edm_{arch}_tiny.npz')
     x, sigma, D, F = (torch.from_numpy(golden[k]) for k in ('x', 'sigma', 'D', 'F'))
@@ -344,7 +355,7 @@ def test_tcm_losses_agree_with_the_official_code():
         t = t.double()
         r = (t - t * max(2.0**-(stage + 1), 0.001) * (1 + 8 * torch.sigmoid(-t))).clamp(min=1e-6)
         value = loss.pair(golden['x'], None, golden['eps'], t, r, stage * 25_000)
-        slack = 2e-7 * loss.weight(t, r, stage * 25_000)
+        slack = 2e-7 * loss.weight(t, r)
         assert ((value - expected).abs() <= 1e-5 * expected + slack).all(), value / expected - 1
 
     for stage in (0, 3, 12):
@@ -383,7 +394,7 @@ def test_ect_loss_by_hand():
             assert abs((math.sqrt(S + c * c) - c) / (t - r) / exact - 1) < 1e-9
     loss = ect.Loss(net, config('ect', '--data', 'imagenet64', '--warmup', 0), None)       # its weight is 1/t^2 + 1/sigma_d^2
     t = torch.tensor([.3, 2.])
-    torch.testing.assert_close(loss.weight(t, t / 2, 0), 1 / t**2 + 4)
+    torch.testing.assert_close(loss.weight(t, t / 2), 1 / t**2 + 4)
 
 
 def test_warmup_is_edms_loss():
@@ -391,9 +402,7 @@ def test_warmup_is_edms_loss():
         loss = MODULES[name].Loss(toy(), config(name, '--warmup', 5), None)
         x, z = torch.randn(2, 2, 3, 8, 8)
         u = torch.tensor([0.5, 0.9])
-        t, r = loss.levels(u, 4)
-        torch.testing.assert_close(t, torch.from_numpy(np.exp(-1.2 + 1.2 * stats.norm.ppf(u.double()))))
-        assert (r == 0).all()
+        t = torch.from_numpy(np.exp(-1.2 + 1.2 * stats.norm.ppf(u.double())))
         s = t.float().view(-1, 1, 1, 1)
         expected = ((s**2 + .25) / (.5 * s)**2 * (MODULES[name].f(toy(), x + s * z, t) - x)**2).mean((1, 2, 3))
         torch.testing.assert_close(loss(x, None, u, z, 4), expected)
@@ -539,9 +548,9 @@ def test_heun_step_follows_the_ode_of_gaussian_data():
     assert error[0] < 1e-5 and 7 < error[0] / error[1] < 9
 
 
-def test_ct_target_follows_after_the_optimiser_step(npz, tmp_path, monkeypatch):
+def test_ct_target_follows_after_the_optimiser_step(data, tmp_path, monkeypatch):
     """target_k+1 = mu(k) target_k + (1 - mu(k)) net_k+1, from target_0 = net_0; the EMA has its own decay."""
-    argv = ['--data', npz, *TINY, '--metric', 'l2', '--s0', 2, '--s1', 2, '--mu0', 0.25, '--ema', 0.9]
+    argv = ['--data', data, *TINY, '--metric', 'l2', '--s0', 2, '--s1', 2, '--mu0', 0.25, '--ema', 0.9]
     seen, write = [], ct.write
 
     def keep(path, writer):
@@ -631,17 +640,17 @@ def test_multistep_ends_and_slerp():
     torch.testing.assert_close(middle @ unit(a), middle @ unit(b))
 
 
-def test_edit_writes_pictures(npz, tmp_path):
-    go('ct', '--data', npz, *TINY, *PHASES['ct'], '--steps', 2, '--out', tmp_path / 'run')
+def test_edit_writes_pictures(data, tmp_path):
+    go('ct', '--data', data, *TINY, *PHASES['ct'], '--steps', 2, '--out', tmp_path / 'run')
     assert run('ct', '--out', tmp_path / 'run', '--edit', 'inpaint').returncode == 0
     for kind in ('inpaint', 'colour', 'superres', 'interpolate'):
         if kind != 'inpaint': ct.edit_pictures(['--out', str(tmp_path / 'run'), '--edit', kind])
         assert Image.open(tmp_path / 'run' / f'edit-{kind}.png').size[0] == 20 * 48
 
 
-def test_distillation_starts_from_its_teacher(npz, tmp_path):
-    teacher = go('ect', '--data', npz, *TINY, '--warmup', 4, '--steps', 4, '--out', tmp_path / 'teacher')
-    argv = ['--data', npz, '--teacher', tmp_path / 'teacher' / 'latest.pt', '--metric', 'l2', '--batch', 4, '--out', tmp_path / 'cd']
+def test_distillation_starts_from_its_teacher(data, tmp_path):
+    teacher = go('ect', '--data', data, *TINY, '--warmup', 4, '--steps', 4, '--out', tmp_path / 'teacher')
+    argv = ['--data', data, '--teacher', tmp_path / 'teacher' / 'latest.pt', '--metric', 'l2', '--batch', 4, '--out', tmp_path / 'cd']
     saved = go('ct', *argv, '--lr', 1e-12, '--steps', 2)
     for part in ('teacher', 'net', 'target'):
         for k, v in teacher['ema'].items(): torch.testing.assert_close(saved['loss'][f'{part}.{k}'], v, rtol=0, atol=1e-6)
@@ -784,8 +793,8 @@ def test_sct_gradient_reaches_the_student_at_t_only():
     torch.testing.assert_close(got, net.a.grad, rtol=1e-8, atol=0)
 
 
-def test_sct_with_one_reference_is_ect_bit_for_bit(npz, tmp_path):
-    flags = ['--data', npz, *TINY, *PHASES['ect'], '--steps', 14, '--d', 3, '--dropout', 0.2]
+def test_sct_with_one_reference_is_ect_bit_for_bit(data, tmp_path):
+    flags = ['--data', data, *TINY, *PHASES['ect'], '--steps', 14, '--d', 3, '--dropout', 0.2]
     a = go('ect', *flags, '--out', tmp_path / 'ect')
     b = go('sct', *flags, '--out', tmp_path / 'sct', '--refs', 1)
     assert_same(a['ema'], b['ema'], rtol=0, atol=0)
@@ -840,8 +849,8 @@ def test_every_image_of_a_reference_set_is_equally_likely_to_be_the_sample():
     assert min(stats.chisquare(v).pvalue for v in count.values()) > 1e-3
 
 
-def test_reference_set_does_not_depend_on_processes_or_micro_batches(npz, tmp_path):
-    flags = ['--data', npz, *TINY, *PHASES['sct'], '--steps', 10, '--cond', 1, '--flip', 1, '--refs', 9, '--device', 'cpu']
+def test_reference_set_does_not_depend_on_processes_or_micro_batches(data, tmp_path):
+    flags = ['--data', data, *TINY, *PHASES['sct'], '--steps', 10, '--cond', 1, '--flip', 1, '--refs', 9, '--device', 'cpu']
     whole = go('sct', *flags, '--out', tmp_path / 'a')
     parts = go('sct', *flags, '--out', tmp_path / 'b', '--micro', 3)
     assert_same(whole['ema'], parts['ema'], rtol=1e-3, atol=2e-6)
@@ -918,8 +927,8 @@ def test_guidance_mixes_the_two_predictions():
     assert torch.equal(sct.Guided(strong, strong, 3.0)(x, c), strong(x, c))
 
 
-def test_weak_model_is_the_average_half_way_and_guides_samples(npz, tmp_path, capfd):
-    flags = ['--data', npz, *TINY, *PHASES['sct'], '--refs', 8, '--anneal', 0]
+def test_weak_model_is_the_average_half_way_and_guides_samples(data, tmp_path, capfd):
+    flags = ['--data', data, *TINY, *PHASES['sct'], '--refs', 8, '--anneal', 0]
     saved = go('sct', *flags, '--steps', 14, '--out', tmp_path / 'a')
     half = go('sct', *flags, '--steps', 9, '--out', tmp_path / 'b')          # warm-up 4, then half of 10
     assert_same({k[5:]: v for k, v in saved['loss'].items() if k[:5] == 'weak.'}, half['ema'], rtol=0, atol=0)
@@ -932,13 +941,13 @@ def test_weak_model_is_the_average_half_way_and_guides_samples(npz, tmp_path, ca
     capfd.readouterr()
     assert 'has no weak model yet' in fails(capfd, 2, 'sct', '--out', tmp_path / 'c', '--sample', 4, '--guidance', 2)
     assert 'has no weak model yet' in fails(capfd, 2, 'sct', '--out', tmp_path / 'a', '--sample', 4, '--guidance', 2, '--steps', 99)
-    assert '--refs 5: 0, 1, or at least the batch' in fails(capfd, 2, 'sct', '--data', npz, *TINY, '--refs', 5, '--out', tmp_path / 'd')
+    assert '--refs 5: 0, 1, or at least the batch' in fails(capfd, 2, 'sct', '--data', data, *TINY, '--refs', 5, '--out', tmp_path / 'd')
     for edges in ('2,1', '0,1', '-1,2'):
-        assert 'must be positive and rise' in fails(capfd, 2, 'sct', '--data', npz, *TINY, f'--edges={edges}', '--out', tmp_path / 'd')
+        assert 'must be positive and rise' in fails(capfd, 2, 'sct', '--data', data, *TINY, f'--edges={edges}', '--out', tmp_path / 'd')
 
 
-def test_phased_run_samples_in_as_many_steps_as_segments(npz, tmp_path, monkeypatch):
-    go('sct', '--data', npz, *TINY, *PHASES['sct'], '--steps', 8, '--edges', '0.5,2', '--ts', 20, '--out', tmp_path)
+def test_phased_run_samples_in_as_many_steps_as_segments(data, tmp_path, monkeypatch):
+    go('sct', '--data', data, *TINY, *PHASES['sct'], '--steps', 8, '--edges', '0.5,2', '--ts', 20, '--out', tmp_path)
     levels, f = [], sct.f
     monkeypatch.setattr(sct, 'f', lambda net, x, t, *rest: levels.append(round(t[0].item(), 6)) or f(net, x, t, *rest))
     sct.main(['--out', str(tmp_path), '--sample', '4', '--eta', '0.9'])
@@ -980,11 +989,11 @@ def test_trigflow_ends_variance_and_edms_map():
     torch.testing.assert_close(scm.f(net, x, t.view(-1, 1, 1, 1)), scm.f(net, x, t), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('arch', ['scm', 'ddpmpp', 'ncsnpp'])
+@pytest.mark.parametrize('arch', ['scm', 'ddpmpp'])
 def test_tangent_is_the_derivative_of_f_along_the_trajectory(arch):
     """Against central differences of f(x_t, t), against torch's own forward mode with the paper's tangent, and against
     the discrete-time difference, whose error is of the order of the step."""
-    net, (x, z, t) = random_net('scm', '--arch', arch, '--fourier', 0.3, '--cond', 1, '--classes', 3), scm_inputs()
+    net, (x, z, t) = random_net('scm', '--arch', arch, '--cond', 1, '--classes', 3), scm_inputs()
     loss, y = scm_loss(net), torch.tensor([0, 1, 2, 0])
     out, g = loss.tangent(x, y, z, t, 110)
     x_t, dx, cos, sin = on_path(x, z, t)
@@ -1005,8 +1014,8 @@ def test_tangent_is_the_derivative_of_f_along_the_trajectory(arch):
 
 
 def test_forward_mode_is_torchs_own_in_float32_and_with_dropout():
-    for arch in ('scm', 'ddpmpp', 'ncsnpp'):
-        net = random_net('scm', '--arch', arch, '--fourier', 0.3, '--head_dim', 8).float()
+    for arch in ('scm', 'ddpmpp'):
+        net = random_net('scm', '--arch', arch, '--head_dim', 8).float()
         x, z, t = (v.float() for v in scm_inputs())
         x = x.contiguous(memory_format=torch.channels_last)
         out, g = scm_loss(net).float().tangent(x, None, z, t.double(), 110)
@@ -1037,7 +1046,7 @@ def test_half_precision_would_spoil_the_tangent():
         difference = loss.tangent(x, None, z, t, 110)[1] - exact
         error[dtype] = (difference.flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).median().item()
     print('error of g:', error)
-    assert error[torch.float32] < 1e-5 and error[torch.float16] < 0.3 * error[torch.bfloat16] and error[torch.bfloat16] > 0.01
+    assert error[torch.float32] < 1e-5 and error[torch.float16] < 0.3 * error[torch.bfloat16] and error[torch.bfloat16] > 1e-3
 
 
 def test_gradient_is_that_of_the_consistency_objective():
@@ -1146,7 +1155,7 @@ def test_times_are_lognormal_and_the_sampler_is_trigflows():
         t = loss.levels(u, step)
         assert (t > 0).all() and (t < math.pi / 2).all() and t.dtype == torch.float64
         np.testing.assert_allclose(law.cdf((0.5 * t.tan()).log()), u, atol=1e-6)
-    ts = scm.numbers(scm.CONFIG['ts'][0])
+    ts = scm.CONFIG['ts'][1]
     assert abs(ts[0] - math.atan(80 / 0.5)) < 1e-7 and ts[1] == 1.1
     z, n = torch.randn(2, 2, 3, 8, 8).double()
     x = scm.f(toy(), 0.5 * z, torch.full((2,), ts[0]))
@@ -1170,7 +1179,7 @@ def test_heun_in_trigflow_is_edms_sampler():
 
 def test_double_normalisation_is_its_formula():
     torch.manual_seed(0)
-    block = scm.Block(8, 12, 16, 0.0, 0, None, (1, 1), True).double()
+    block = scm.Block(8, 12, 16, 0.0, 0, None, True).double()
     for p in block.parameters(): p.data = torch.randn_like(p) * 0.4
     x, e = torch.randn(2, 8, 4, 4).double(), torch.randn(2, 16).double()
     h = torch.nn.functional.silu(block.norm0(x))
@@ -1180,11 +1189,11 @@ def test_double_normalisation_is_its_formula():
     expected = (block.conv1(torch.nn.functional.silu(h)) + block.skip(x)) * 0.5**0.5
     torch.testing.assert_close(block(x, e), expected, rtol=1e-6, atol=1e-6)
     net = scm.UNet(config('scm', '--data', 'cifar10'))
-    assert net.scale == 1 and net.freqs.max() == 1 and not net.edm          # t in radians, slow features
+    assert net.freqs.max() == 1 and not net.edm          # t in radians, slow features
     assert scm.UNet(config('scm', '--data', 'cifar10', '--arch', 'ddpmpp')).edm
 
 
-def test_stages_of_scm(npz, tmp_path):
+def test_stages_of_scm(data, tmp_path):
     """The diffusion model is kept as teacher where the second stage begins, the weight starts anew, dropout changes; the
     same run samples both models; ect.py's warm-up can be distilled."""
     cfg = config('scm', '--data', 'cifar10')
@@ -1195,7 +1204,7 @@ def test_stages_of_scm(npz, tmp_path):
     first = deep.cfg.warmup
     assert abs(deep.phase(first + 140_000)[2] - 0.5e-4) < 1e-12
     assert abs(deep.averages(None, first + 999)[0][1] - (1 - 1 / 1000)**17.97) < 1e-12
-    flags = ['--data', npz, *TINY, *PHASES['scm'], '--ema', 0.3, '--lr', 0.01]
+    flags = ['--data', data, *TINY, *PHASES['scm'], '--ema', 0.3, '--lr', 0.01]
     warm = go('scm', *flags, '--steps', 4, '--out', tmp_path / 'a')
     both = go('scm', *flags, '--steps', 15, '--out', tmp_path / 'a')
     teacher = {k[8:]: v for k, v in both['loss'].items() if k[:8] == 'teacher.'}
@@ -1207,8 +1216,8 @@ def test_stages_of_scm(npz, tmp_path):
     expected = scm.generate(cfg, net, torch.arange(4), [1.5458015], torch.device('cpu')).permute(0, 2, 3, 1)
     assert (np.load(tmp_path / '3.npz')['arr_0'] == expected.numpy()).all()
     assert (np.load(tmp_path / '0.npz')['arr_0'] != expected.numpy()).any()
-    e = go('ect', '--data', npz, *TINY, *PHASES['ect'], '--steps', 4, '--out', tmp_path / 'ect')
-    scd = go('scm', '--data', npz, *TINY, '--teacher', tmp_path / 'ect' / 'latest.pt', '--steps', 3, '--out', tmp_path / 'b')
+    e = go('ect', '--data', data, *TINY, *PHASES['ect'], '--steps', 4, '--out', tmp_path / 'ect')
+    scd = go('scm', '--data', data, *TINY, '--teacher', tmp_path / 'ect' / 'latest.pt', '--steps', 3, '--out', tmp_path / 'b')
     assert_same({k[8:]: v for k, v in scd['loss'].items() if k[:8] == 'teacher.'}, e['ema'], rtol=0, atol=0)
     assert scd['config']['arch'] == 'ddpmpp'
 
@@ -1250,9 +1259,10 @@ def random_net(name, *argv):
     return net
 
 
-@pytest.mark.parametrize('arch', ['ddpmpp', 'ncsnpp'])
-def test_network_has_a_forward_mode_derivative(arch):
-    net = random_net('ect', '--arch', arch, '--cond', 1, '--classes', 3, '--head_dim', 8, '--fourier', 1)
+@pytest.mark.parametrize('name, arch', [('ect', 'ddpmpp'), ('ict', 'ncsnpp')])
+def test_network_has_a_forward_mode_derivative(name, arch):
+    fourier = ['--fourier', 1] if arch == 'ncsnpp' else []
+    net = random_net(name, '--arch', arch, '--cond', 1, '--classes', 3, '--head_dim', 8, *fourier)
     x, v = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
     t, w = torch.rand(2).double(), torch.randn(2).double()
     y = torch.tensor([0, 2])
@@ -1292,55 +1302,45 @@ def test_glyphs_are_a_function_of_the_seed_and_show_all_classes():
 
 def make_data(folder, images, labels):
     """The same images in every format that --data takes."""
-    png = lambda a: (b := io.BytesIO(), Image.fromarray(a).save(b, 'PNG'))[0].getvalue()
-    names = [f'{i // 10:05d}/img{i:08d}.png' for i in range(len(images))]
-    for n, a in zip(names, images):
-        (folder / 'tree' / n).parent.mkdir(parents=True, exist_ok=True)
-        (folder / 'tree' / n).write_bytes(png(a))
-    index = json.dumps(dict(labels=[[n, int(l)] for n, l in zip(names, labels)]))
-    (folder / 'tree' / 'dataset.json').write_text(index)
-    with zipfile.ZipFile(folder / 'edm.zip', 'w') as z:
-        for n, a in zip(names, images): z.writestr(n, png(a))
-        z.writestr('dataset.json', index)
-        z.writestr('__MACOSX/._x.png', b'junk')
-    np.savez(folder / 'adm.npz', images, labels)                # arr_0, arr_1
-    np.save(folder / 'chw.npy', images.transpose(0, 3, 1, 2))
+    zipped(folder / 'edm.zip', images, labels)
+    zipfile.ZipFile(folder / 'edm.zip').extractall(folder / 'tree')
     rows = np.concatenate([labels.astype(np.uint8)[:, None], images.transpose(0, 3, 1, 2).reshape(len(images), -1)], 1)
-    if images.shape[1] == 32:
-        with tarfile.open(folder / 'cifar-10-binary.tar.gz', 'w:gz') as tar:
-            for k, part in enumerate(np.array_split(rows, 5)):
-                info = tarfile.TarInfo(f'cifar-10-batches-bin/data_batch_{k + 1}.bin')
-                info.size = part.nbytes
-                tar.addfile(info, io.BytesIO(part.tobytes()))
-            tar.addfile(tarfile.TarInfo('cifar-10-batches-bin/test_batch.bin'))
-    return ['tree', 'edm.zip', 'adm.npz', 'chw.npy', 'cifar-10-binary.tar.gz']
+    with tarfile.open(folder / 'cifar-10-binary.tar.gz', 'w:gz') as tar:
+        for k, part in enumerate(np.array_split(rows, 5)):
+            info = tarfile.TarInfo(f'cifar-10-batches-bin/data_batch_{k + 1}.bin')
+            info.size = part.nbytes
+            tar.addfile(info, io.BytesIO(part.tobytes()))
+        tar.addfile(tarfile.TarInfo('cifar-10-batches-bin/test_batch.bin'))
+    return 'tree', 'edm.zip', 'cifar-10-binary.tar.gz'
 
 
 def test_every_format_gives_the_same_tensor(tmp_path):
     images, labels = pictures(25, 32), np.arange(25) % 7
     for form in make_data(tmp_path, images, labels):
-        cfg = config('ect', '--data', tmp_path / form, '--cond', int(form != 'chw.npy'))
+        cfg = config('ect', '--data', tmp_path / form, '--cond', 1)
         got, got_labels = ect.load_data(cfg)
         assert torch.equal(got, torch.from_numpy(images.transpose(0, 3, 1, 2))), form
-        assert form == 'chw.npy' and got_labels is None or got_labels.tolist() == labels.tolist(), form
-        assert cfg.res == 32 and cfg.ch == 128 and cfg.init == 'none' and cfg.warmup > 0        # the CIFAR-10 preset, from scratch
+        assert got_labels.tolist() == labels.tolist(), form
+        assert cfg.res == 32 and cfg.ch == 128 and cfg.init == 'none' and cfg.warmup > 0        # CIFAR-10's column, from scratch
 
 
 def test_pictures_of_other_modes_and_sizes(tmp_path, capfd):
     Image.new('L', (8, 8), 77).save(tmp_path / 'a.png')
     Image.new('RGBA', (8, 8), (255, 0, 0, 0)).save(tmp_path / 'b.png')
-    images, _ = ect.read(str(tmp_path), 0)
-    assert (images[0] == 77).all() and (images[1] == 255).all()
-    assert '1 pictures of mode L converted' in (text := capfd.readouterr().out) and 'RGBA' in text
-    Image.new('RGB', (20, 10), 'blue').save(tmp_path / 'c.png')
-    ect.read.cache_clear()
-    assert 'c.png is 20 x 10' in (line := fails(capfd, 2, 'ect', '--data', tmp_path, '--out', tmp_path / 'run')) and '--res' in line
-    images, _ = ect.load_data(config('ect', '--data', tmp_path, '--res', 16))
-    assert images.shape == (3, 3, 16, 16) and images[2, 2].min() == 255
+    images, _ = ect.load_data(config('ect', '--data', tmp_path))
+    assert (images[0] == 77).all() and (images[1] == 255).all() and not capfd.readouterr().out
+    picture = Image.new('RGB', (20, 10), 'blue')
+    picture.paste('red', (0, 0, 3, 10))
+    picture.save(tmp_path / 'c.png')
+    images, _ = ect.load_data(config('ect', '--data', tmp_path))
+    assert images.shape == (3, 3, 8, 8) and images[2, 0].max() < 9 < 200 < images[2, 2].min()      # red is cut off
+    assert '1 of 3 pictures cropped and resized to side 8' in capfd.readouterr().out
+    assert ect.load_data(config('ect', '--data', tmp_path, '--res', 16))[0].shape == (3, 3, 16, 16)
     (tmp_path / 'c.png').unlink()
     Image.new('I;16', (8, 8)).save(tmp_path / 'd.png')
-    ect.read.cache_clear()
-    assert 'd.png is a I;16 picture' in fails(capfd, 2, 'ect', '--data', tmp_path, '--out', tmp_path / 'run')
+    assert 'd.png cannot be read: ValueError a I;16 picture' in fails(capfd, 2, 'ect', '--data', tmp_path, '--out', tmp_path / 'run')
+    (tmp_path / 'd.png').write_bytes(b'no picture')
+    assert 'd.png cannot be read' in fails(capfd, 2, 'ect', '--data', tmp_path, '--out', tmp_path / 'run')
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -1362,8 +1362,8 @@ def test_the_loss_falls_on_a_fixed_batch(name):
 
 
 @every_method
-def test_stop_and_resume_is_bitwise_the_same_run(name, npz, tmp_path, monkeypatch):
-    argv = ['--data', npz, *TINY, *PHASES[name], '--dropout', 0.3]
+def test_stop_and_resume_is_bitwise_the_same_run(name, data, tmp_path, monkeypatch):
+    argv = ['--data', data, *TINY, *PHASES[name], '--dropout', 0.3]
     whole, report = go(name, *argv, '--steps', 9, '--out', tmp_path / 'whole'), MODULES[name].report
     for last in (2, 4, 6):              # the status line of this step is followed by a signal
         def interrupted(cfg, row, left):
@@ -1378,9 +1378,9 @@ def test_stop_and_resume_is_bitwise_the_same_run(name, npz, tmp_path, monkeypatc
     assert any((whole['ema'][k] != whole['loss'][f'net.{k}']).any() for k in whole['ema'])
 
 
-def states(name, npz, tmp_path, *variants):
+def states(name, data, tmp_path, *variants):
     """The checkpoints after the same few steps, run as a user would in each of the variants."""
-    jobs = [(label, [sys.executable, *before, HERE / f'{name}.py', '--data', npz, *TINY, *PHASES[name], '--steps', '8',
+    jobs = [(label, [sys.executable, *before, HERE / f'{name}.py', '--data', data, *TINY, *PHASES[name], '--steps', '8',
                      '--device', 'cpu', '--out', tmp_path / label, *after]) for label, before, after in variants]
     for label, argv in jobs:
         done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
@@ -1389,9 +1389,9 @@ def states(name, npz, tmp_path, *variants):
 
 
 @every_method
-def test_processes_and_micro_batches_do_not_change_the_run(name, npz, tmp_path):
+def test_processes_and_micro_batches_do_not_change_the_run(name, data, tmp_path):
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    one, two, micro, launched = states(name, npz, tmp_path, ('one', [], []), ('two', [], ['--gpus', '2']), ('micro', [], ['--micro', '3']),
+    one, two, micro, launched = states(name, data, tmp_path, ('one', [], []), ('two', [], ['--gpus', '2']), ('micro', [], ['--micro', '3']),
                                        ('torchrun', torchrun, ['--micro', '2']))
     for other in (two, micro, launched):
         assert_same(one['loss'], other['loss'], rtol=1e-4, atol=1e-6)
@@ -1419,13 +1419,13 @@ print('gloo' in threads())"""
 
 
 @every_method
-def test_mixed_precision_trains_and_its_scaler_is_saved(name, npz, tmp_path):
+def test_mixed_precision_trains_and_its_scaler_is_saved(name, data, tmp_path):
     for amp in ('bf16', 'fp16'):
-        saved = go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 8, '--amp', amp, '--out', tmp_path / amp)
+        saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 8, '--amp', amp, '--out', tmp_path / amp)
         assert all(v.isfinite().all() for v in saved['ema'].values())
         assert bool(saved['scaler']) == (amp == 'fp16')
         assert all(v.dtype == torch.float32 for v in saved['ema'].values())
-    go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 10, '--amp', 'fp16', '--out', tmp_path / 'fp16')
+    go(name, '--data', data, *TINY, *PHASES[name], '--steps', 10, '--amp', 'fp16', '--out', tmp_path / 'fp16')
 
 
 @pytest.mark.parametrize('name', ['ect', 'tcm'])
@@ -1437,15 +1437,15 @@ def test_half_precision_gradients_are_those_of_float32(name):
     grads = {}
     for amp in ('off', 'fp16', 'bf16'):
         cfg.amp = amp
-        with MODULES[name].precision(cfg, torch.device('cpu'))[1](): value = loss(x, None, u, z, 0).mean()
+        with MODULES[name].autocast(cfg, torch.device('cpu')): value = loss(x, None, u, z, 0).mean()
         grads[amp] = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(loss.net.parameters()))])
     for amp, error in (('fp16', 0.02), ('bf16', 0.2)):
         assert (grads[amp] - grads['off']).norm() < error * grads['off'].norm()
 
 
 @every_method
-def test_checkpoint_is_plain_data_that_stands_alone(name, npz, tmp_path):
-    saved = go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 8, '--out', tmp_path / 'run')
+def test_checkpoint_is_plain_data_that_stands_alone(name, data, tmp_path):
+    saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 8, '--out', tmp_path / 'run')
     module, cfg = MODULES[name], saved['config']
     assert saved['method'] == name and saved['step'] == 8 and cfg['ch'] == 8 and set(module.CONFIG) <= set(cfg)
     net = module.UNet(argparse.Namespace(**cfg))
@@ -1458,9 +1458,9 @@ def test_checkpoint_is_plain_data_that_stands_alone(name, npz, tmp_path):
 
 
 @every_method
-def test_init_from_our_checkpoint_takes_its_shape(name, npz, tmp_path):
-    go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 4, '--out', tmp_path / 'a')
-    after = go(name, '--data', npz, '--init', tmp_path / 'a' / 'latest.pt', '--steps', 1, '--batch', 4, '--lr', 1e-12, '--ema', 0.9,
+def test_init_from_our_checkpoint_takes_its_shape(name, data, tmp_path):
+    go(name, '--data', data, *TINY, *PHASES[name], '--steps', 4, '--out', tmp_path / 'a')
+    after = go(name, '--data', data, '--init', tmp_path / 'a' / 'latest.pt', '--steps', 1, '--batch', 4, '--lr', 1e-12, '--ema', 0.9,
                *(['--stage1', 1, '--lr_stage1', 1e-12] if name == 'tcm' else []), '--out', tmp_path / 'b')
     before = torch.load(tmp_path / 'a' / 'latest.pt', weights_only=True)
     assert after['config']['ch'] == 8 and after['config'].get('warmup', 0) == 0
@@ -1470,23 +1470,22 @@ def test_init_from_our_checkpoint_takes_its_shape(name, npz, tmp_path):
 @needs_golden
 @every_method
 def test_init_from_an_edm_pickle(name, tmp_path):
-    np.save(tmp_path / 'd.npy', pictures(16, 16))
-    pkl = GOLDEN / 'edm_ddpmpp_tiny.pkl'
-    after = go(name, '--data', tmp_path / 'd.npy', '--init', pkl, '--steps', 1, '--batch', 4, '--lr', 1e-12,
+    pkl, source = GOLDEN / 'edm_ddpmpp_tiny.pkl', zipped(tmp_path / 'd.zip', pictures(16, 16))
+    after = go(name, '--data', source, '--init', pkl, '--steps', 1, '--batch', 4, '--lr', 1e-12,
                *(['--stage1', 1, '--lr_stage1', 1e-12] if name == 'tcm' else []), '--out', tmp_path / 'run')
-    assert after['config']['mult'] == '1,2' and after['config']['ch'] == 32
+    assert after['config']['mult'] == (1, 2) and after['config']['ch'] == 32
     assert_same(after['ema'], MODULES[name].load_edm(pkl).state_dict(), rtol=0, atol=1e-6)
 
 
 @every_method
-def test_nan_stops_the_run_and_keeps_the_checkpoint(name, npz, tmp_path, capfd):
-    argv = ['--data', npz, *TINY, *PHASES[name], '--out', tmp_path / 'run']
+def test_nan_stops_the_run_and_keeps_the_checkpoint(name, data, tmp_path, capfd):
+    argv = ['--data', data, *TINY, *PHASES[name], '--out', tmp_path / 'run']
     go(name, *argv, '--steps', 2)
     before = (tmp_path / 'run' / 'latest.pt').read_bytes()
     capfd.readouterr()
     line = fails(capfd, 1, name, *argv, '--steps', 60, *(['--lr_warmup', 1e30] if name in ('ect', 'tcm') else []),
                  '--lr', 1e30, '--save_every', 1000)
-    assert re.search(r'gradient not finite at step \d+', line)
+    assert re.search(r'gradients not finite in steps \d+ to \d+', line)
     assert (tmp_path / 'run' / 'latest.pt').read_bytes() == before
 
 
@@ -1498,15 +1497,14 @@ def test_a_failed_write_leaves_the_old_file(name, tmp_path, capfd):
     def full_disk(file):
         file.write(b'half of the new one')
         raise OSError(28, 'No space left on device')
-    with pytest.raises(SystemExit) as end: MODULES[name].write(path, full_disk)
-    assert end.value.code == 1 and 'No space left' in capfd.readouterr().err
+    with pytest.raises(OSError): MODULES[name].write(path, full_disk)
     assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['latest.pt']
 
 
 @pytest.mark.parametrize('gpus', [1, 2])
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_resumes(gpus, number, npz, tmp_path):
-    argv = ['--data', npz, *TINY, '--warmup', 100, '--steps', 100_000, '--device', 'cpu', '--gpus', gpus, '--out', tmp_path / 'run']
+def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_path):
+    argv = ['--data', data, *TINY, '--warmup', 100, '--steps', 100_000, '--device', 'cpu', '--gpus', gpus, '--out', tmp_path / 'run']
     job = subprocess.Popen([sys.executable, HERE / 'ect.py', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
     for line in job.stdout:
@@ -1522,37 +1520,38 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, npz, tmp_path
 
 
 @pytest.mark.parametrize('argv, message', [
-    ('--data nowhere.zip', 'there is no nowhere.zip'), ('--steps 0', '--steps must be positive'), ('--step 5', 'unrecognized'),
-    ('--batch x', 'invalid int value'), ('--amp fp8', 'invalid choice'), ('--ts 80,x', 'not a list of numbers'), ('--nfe 3', '--nfe 3 needs'),
-    ('--res 18', 'cannot be halved'), ('--sample 4', 'no checkpoint'), ('--dropout 1', '--dropout must be in'), ('--label 3', 'no such class'),
-    ('--gpus 64', 'this machine has'), ('--data {here}/README.md', 'is no folder, .zip'), ('--data {tmp}', 'holds no pictures'),
-    ('--data {npz} --cond 1 --init {tmp}/x.pt', 'there is no'), ('--init {here}/test_all.py', 'damaged or no checkpoint'),
-    ('--init {here}/README.md.pkl', 'is no DDPM++ or NCSN++ pickle'), ('--data {tmp}/float.npy', 'holds float64'),
-    ('--data {tmp}/broken.zip', 'cannot be read'),
-    ('--data {tmp}/objects.npy', 'cannot be read'), ('--data {npz2} --cond 1', 'has no labels'),
-    ('--data imagenet64', 'there is no datasets/imagenet-64x64.zip'),
+    ('--data nowhere.zip', 'nowhere.zip cannot be read: FileNotFoundError'), ('--steps 0', '--steps cannot be 0'),
+    ('--step 5', 'unrecognized'), ('--batch x', 'invalid int value'), ('--amp fp8', 'invalid choice'),
+    ('--ts 80,x', 'invalid numbers value'), ('--nfe 3', '--nfe 3 needs'), ('--res 18', 'cannot be halved'),
+    ('--sample 4', 'no checkpoint'), ('--dropout 1', '--dropout cannot be 1.0: dropout rate in [0, 1)'),
+    ('--lr nan', '--lr cannot be nan'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
+    ('--label 3', 'no such class'), ('--gpus 64', 'this machine has'), ('--data {here}/README.md', 'folder, .zip or .tar.gz'),
+    ('--data {tmp}', 'it holds no pictures'), ('--data {data} --cond 1 --init {tmp}/x.pt', 'x.pt cannot be read'),
+    ('--init {here}/test_all.py', 'test_all.py cannot be read'), ('--init {here}/README.md.pkl', 'README.md.pkl cannot be read'),
+    ('--data {tmp}/broken.zip', 'broken.zip cannot be read: BadZipFile'), ('--data {tmp}/unlabelled.zip --cond 1', 'has no labels'),
+    ('--data {tmp}/python.tar.gz', 'it holds no data_batch_*.bin: take the binary version'),
+    ('--data imagenet64', 'datasets/imagenet-64x64.zip cannot be read'),
 ])
-def test_bad_input_is_one_line_and_leaves_nothing(argv, message, npz, tmp_path, capfd):
-    data = tmp_path / 'data'
-    data.mkdir()
-    if 'float' in argv: np.save(data / 'float.npy', np.zeros((4, 8, 8, 3)))
-    if 'objects' in argv: np.save(data / 'objects.npy', np.array([{}, []], object))
-    if 'broken' in argv: (data / 'broken.zip').write_bytes(b'PK not a zip')
-    if 'npz2' in argv: np.savez(data / 'n.npz', images=pictures(4))
-    argv = argv.format(here=HERE, tmp=data, npz=npz, npz2=data / 'n.npz').split()
+def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path, capfd):
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    if 'broken' in argv: (folder / 'broken.zip').write_bytes(b'PK not a zip')
+    if 'unlabelled' in argv: zipped(folder / 'unlabelled.zip', pictures(4))
+    if 'python' in argv: tarfile.open(folder / 'python.tar.gz', 'w:gz').close()
+    argv = argv.format(here=HERE, tmp=folder, data=data).split()
     line = fails(capfd, 2, 'ect', '--out', tmp_path / 'run', *argv)
     assert message in line and not (tmp_path / 'run').exists()
 
 
-def test_flags_that_do_not_fit_the_checkpoint(npz, tmp_path, capfd):
-    argv = ['--data', npz, *TINY, '--warmup', 4, '--out', tmp_path / 'run']
+def test_flags_that_do_not_fit_the_checkpoint(data, tmp_path, capfd):
+    argv = ['--data', data, *TINY, '--warmup', 4, '--out', tmp_path / 'run']
     go('ect', *argv, '--steps', 2)
     before = (tmp_path / 'run' / 'latest.pt').read_bytes()
     capfd.readouterr()
-    assert 'does not fit these flags' in fails(capfd, 2, 'ect', *argv, '--ch', 16, '--steps', 4)
+    assert 'do the flags fit it?' in fails(capfd, 2, 'ect', *argv, '--ch', 16, '--steps', 4)
     assert 'is a run of ect.py' in fails(capfd, 2, 'tcm', '--out', tmp_path / 'run')
     (tmp_path / 'run' / 'latest.pt').write_bytes(before[:5000])
-    assert 'damaged' in fails(capfd, 2, 'ect', *argv)
+    assert 'latest.pt cannot be read' in fails(capfd, 2, 'ect', *argv)
 
 
 # -------------------------------------------------------------------------------------------------------- safety
@@ -1564,7 +1563,7 @@ def test_a_pickle_runs_nothing(name, tmp_path, capfd):
     for content in (dict(ema=Evil()), Evil()):
         (tmp_path / 'evil.pkl').write_bytes(pickle.dumps(content))
         with pytest.raises(SystemExit) as end: MODULES[name].load_edm(tmp_path / 'evil.pkl')
-        assert end.value.code == 2 and 'which no EDM network needs' in capfd.readouterr().err
+        assert end.value.code == 2 and 'evil.pkl cannot be read' in capfd.readouterr().err
     torch.save(dict(method=name, step=0, x=Evil()), tmp_path / 'latest.pt')
     with pytest.raises(SystemExit): MODULES[name].read_checkpoint(tmp_path)
     assert not (tmp_path / 'owned').exists()
@@ -1575,7 +1574,7 @@ def test_a_download_is_checked_and_its_failure_says_what_to_do(tmp_path, monkeyp
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     with pytest.raises(SystemExit): ect.fetch('http://127.0.0.1:9/some/file.bin')
     assert 'put it at datasets/file.bin' in capfd.readouterr().err
-    Path('datasets').mkdir()
+    Path('datasets').mkdir(exist_ok=True)
     Path('datasets/file.bin').write_bytes(b'abc')
     sha256 = 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
     assert ect.fetch('http://127.0.0.1:9/some/file.bin', sha256) == Path('datasets/file.bin')
@@ -1586,8 +1585,8 @@ def test_a_download_is_checked_and_its_failure_says_what_to_do(tmp_path, monkeyp
 # ---------------------------------------------------------------------------------------------------- sampling
 
 @every_method
-def test_image_i_is_a_function_of_seed_and_i(name, npz, tmp_path):
-    run_at = ['--data', npz, *TINY, *PHASES[name], '--cond', 1, '--out', tmp_path / 'run']
+def test_image_i_is_a_function_of_seed_and_i(name, data, tmp_path):
+    run_at = ['--data', data, *TINY, *PHASES[name], '--cond', 1, '--out', tmp_path / 'run']
     go(name, *run_at, '--steps', 8)
 
     def draw(*argv):
@@ -1621,11 +1620,11 @@ def test_real_pictures_train_resume_and_sample(name, tmp_path):
 
 @needs_gpu
 @every_method
-def test_gpu_runs_every_precision_and_compile(name, npz, tmp_path):
+def test_gpu_runs_every_precision_and_compile(name, data, tmp_path):
     for amp in ('off', 'bf16', 'fp16'):
-        saved = go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 30, '--amp', amp, '--out', tmp_path / amp)
+        saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 30, '--amp', amp, '--out', tmp_path / amp)
         assert all(v.isfinite().all() for v in saved['ema'].values())
-    go(name, '--data', npz, *TINY, *PHASES[name], '--steps', 8, '--compile', '--out', tmp_path / 'compile')
+    go(name, '--data', data, *TINY, *PHASES[name], '--steps', 8, '--compile', '--out', tmp_path / 'compile')
 
 
 def judge():
@@ -2270,7 +2269,7 @@ def test_downloads_resume_and_are_checked(tmp_path, monkeypatch, capfd):
     path.unlink()
     with pytest.raises(SystemExit): fid.obtain(url, 100_000, '0' * 64)
     assert 'another sha256' in capfd.readouterr().err and not list(path.parent.iterdir())
-    Path('datasets').mkdir()
+    Path('datasets').mkdir(exist_ok=True)
     Path('datasets/alias.pth').write_bytes(content)
     assert fid.obtain(url, 100_000, digest, 'alias.pth') == Path('datasets/alias.pth')
 
