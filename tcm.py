@@ -225,8 +225,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
 CHOICES = dict(weight=('1/(t-r)', '1/c_out^2'), arch=('ddpmpp',),
                opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'))
 
-# ==== From here on the scripts are the same, but for the network (ct and ict; scm), LPIPS and editing (ct), and ====
-# ==== the lines in which sct and scm choose their samplers.                                                     ====
+# ===== From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (sct, scm) =====
 
 # ----------------------------------------------------------------------------------------------------- network
 
@@ -448,6 +447,7 @@ def write(path, writer):
     try:
         with open(part, 'wb') as file: writer(file)
         os.replace(part, path)
+    except RuntimeError as error: raise OSError(f'{path}: {error.__context__ or error}')     # torch.save, disk full
     finally: part.unlink(missing_ok=True)
 
 
@@ -663,8 +663,8 @@ def load_edm(path_or_url):
     with reading(path), open(path, 'rb') as file:
         meta = EDMUnpickler(file).load()['ema'].args[0]['state']['_modules']['model'].args[0]
         args = dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16], label_dim=0,
-                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1)
-        args |= meta['state']['_init_kwargs']
+                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1,
+                    **meta['state']['_init_kwargs'])
         kind = (meta['class_name'], args['embedding_type'], args['encoder_type'], args['decoder_type'])
         arch = {('SongUNet', 'positional', 'standard', 'standard'): 'ddpmpp',
                 ('SongUNet', 'fourier', 'residual', 'standard'): 'ncsnpp'}.get(kind)
