@@ -256,18 +256,19 @@ class Block(nn.Module):
     """EDM's residual block with optional resampling (turn 'up' or 'down') and self-attention; with
     double_norm, sCM's norm(h) pixelnorm(s(t)) + pixelnorm(b(t)) in place of norm(h + b(t)) [4.1]."""
 
-    def __init__(self, cin, cout, emb, dropout, heads, turn, double_norm):
+    def __init__(self, cin, cout, cfg, attention=False, turn=None):
         super().__init__()
-        self.cin, self.cout, self.heads, self.turn = cin, cout, heads, turn
-        self.double_norm = double_norm
+        self.cin, self.cout, self.turn = cin, cout, turn
+        self.heads = attention and (max(1, cout // cfg.head_dim) if cfg.head_dim else 1)
+        self.double_norm = cfg.arch == 'scm'
         self.norm0 = norm(cin)
         self.conv0 = init(nn.Conv2d(cin, cout, 3, padding=1))
-        self.affine = init(nn.Linear(emb, 2 * cout if double_norm else cout))
+        self.affine = init(nn.Linear(4 * cfg.ch, 2 * cout if self.double_norm else cout))
         self.norm1 = norm(cout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(cfg.dropout)
         self.conv1 = init(nn.Conv2d(cout, cout, 3, padding=1), 1e-5)
         self.skip = init(nn.Conv2d(cin, cout, 1)) if cin != cout or turn else nn.Identity()
-        if heads:
+        if attention:
             self.norm2 = norm(cout)
             self.qkv = init(nn.Conv2d(cout, 3 * cout, 1), 0.2**0.5)
             self.proj = init(nn.Conv2d(cout, cout, 1), 1e-5)
@@ -305,24 +306,20 @@ class UNet(nn.Module):
         if self.classes: self.map_label = init(nn.Linear(self.classes, cfg.ch))
         self.map0, self.map1 = init(nn.Linear(cfg.ch, emb)), init(nn.Linear(emb, emb))
 
-        def block(cin, cout, attention=False, turn=None):
-            heads = attention and (max(1, cout // cfg.head_dim) if cfg.head_dim else 1)
-            return Block(cin, cout, emb, cfg.dropout, heads, turn, not self.edm)
-
         widths, ch = [int(cfg.ch * m) for m in cfg.mult], cfg.ch
         attn = [cfg.res >> level in cfg.attn for level in range(len(widths))]
         self.enc, self.dec = nn.ModuleList([init(nn.Conv2d(3, ch, 3, padding=1))]), nn.ModuleList()
         for level, width in enumerate(widths):
-            if level: self.enc.append(block(ch, ch, turn='down'))
+            if level: self.enc.append(Block(ch, ch, cfg, turn='down'))
             for _ in range(cfg.blocks):
-                self.enc.append(block(ch, width, attn[level]))
+                self.enc.append(Block(ch, width, cfg, attn[level]))
                 ch = width
         skips = [cfg.ch, *(layer.cout for layer in self.enc[1:])]
         for level, width in reversed(list(enumerate(widths))):
-            if level == len(widths) - 1: self.dec += [block(ch, ch, True), block(ch, ch)]
-            else: self.dec.append(block(ch, ch, turn='up'))
+            if level == len(widths) - 1: self.dec += [Block(ch, ch, cfg, True), Block(ch, ch, cfg)]
+            else: self.dec.append(Block(ch, ch, cfg, turn='up'))
             for i in range(cfg.blocks + 1):
-                self.dec.append(block(ch + skips.pop(), width, i == cfg.blocks and attn[level]))
+                self.dec.append(Block(ch + skips.pop(), width, cfg, i == cfg.blocks and attn[level]))
                 ch = width
         self.norm, self.out = norm(ch), init(nn.Conv2d(ch, 3, 3, padding=1), 1e-5)
 
@@ -479,8 +476,7 @@ def draw(cfg, n, batch, step, device):
 
 
 def read_checkpoint(out):
-    """The checkpoint in the run folder, which must be this script's, or None: a dict of method, step, config, and the
-    states loss, ema, opt, scaler."""
+    """The run's checkpoint, this script's, or None: a dict of method, step, config, loss, ema, opt, scaler."""
     path = Path(out, 'latest.pt')
     if not path.exists(): return None
     with reading(path):
@@ -538,14 +534,12 @@ def train(cfg, data, rank, world, device):
             for part, name in ((loss_fn, 'loss'), (ema, 'ema'), (opt, 'opt')): part.load_state_dict(saved[name])
             if saved['scaler'] and cfg.amp == 'fp16': scaler.load_state_dict(saved['scaler'])
         start = saved['step']
-        if start >= cfg.steps: stop(f'{out} is complete, step {start}: --steps N goes on, --sample N draws from it', 0)
     if cfg.compile: net.compile(dynamic=False)
     step_fn = loss_fn if world == 1 else nn.parallel.DistributedDataParallel(loss_fn, broadcast_buffers=False)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        size = sum(p.numel() for p in weights)
-        print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {size:,} weights, '
-              f'{world} x {device.type}, amp {cfg.amp}, steps {start} to {cfg.steps}, in {out}', flush=True)
+        print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {sum(map(torch.numel, weights)):,} '
+              f'weights, {world} x {device.type}, amp {cfg.amp}, steps {start} to {cfg.steps}, in {out}', flush=True)
         picture_grid(images[torch.linspace(0, len(images) - 1, 100).long().to(images.device)], out / 'data.png')
 
     halt = []                           # signals received: save and leave
@@ -576,7 +570,7 @@ def train(cfg, data, rank, world, device):
         scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_(weights, cfg.clip)
         fine = norm.isfinite()          # if not: the scaler of fp16 skips the step; other runs end at the status line
-        total[1:3] += torch.stack([torch.where(fine, norm, 0.0), (~fine).float()])
+        total[1:3] += torch.stack([torch.where(fine, norm, 0.0), (~fine).float()]) / world      # equal in all processes
         scaler.step(opt)
         scaler.update()
         for average, decay in loss_fn.averages(ema, step):
@@ -586,16 +580,15 @@ def train(cfg, data, rank, world, device):
         save = done % cfg.save_every == 0 or done == cfg.steps
         if not save and done % cfg.log_every and not (halt and world == 1): continue    # several halt at a status line
         total[3] = len(halt)
-        if world > 1:
-            dist.all_reduce(total)
-            total[1:3] /= world         # the gradient is the same everywhere
-        count, (loss, norm, skipped, halting) = done - last, total.tolist()
+        if world > 1: dist.all_reduce(total)
+        loss, norm, skipped, halting = total.tolist()
+        count, skipped = done - last, round(skipped)
         if not math.isfinite(loss) or skipped and cfg.amp != 'fp16' or skipped == count >= 20:
-            raise FloatingPointError(f'loss {loss / count:.4g}, {skipped:.0f} gradients not finite in steps {last} to '
-                                     f'{done}; the checkpoint in {out} is from before. Lower --lr, or use --amp off')
+            raise FloatingPointError(f'loss {loss / count:.4g}, {skipped} gradients not finite in steps {last} to '
+                                     f'{done}: lower --lr, or use --amp off')
         if rank == 0:
             row = dict(step=done, phase=phase, loss=loss / count, grad_norm=norm / max(count - skipped, 1), lr=lr,
-                       images_per_second=count * batch / (time.time() - since), skipped=round(skipped))
+                       images_per_second=count * batch / (time.time() - since), skipped=skipped)
             report(cfg, row, (cfg.steps - done) * (time.time() - since) / count)
             if save or halting:
                 recipe = {k: v for k, v in vars(cfg).items() if k == 'data' or k not in FLAGS}
@@ -714,8 +707,8 @@ def load_edm(path_or_url):
     with reading(path), open(path, 'rb') as file:
         meta = EDMUnpickler(file).load()['ema'].args[0]['state']['_modules']['model'].args[0]
         args = dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16], label_dim=0,
-                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1,
-                    **meta['state']['_init_kwargs'])
+                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1)
+        args |= meta['state']['_init_kwargs']
         kind = (meta['class_name'], args['embedding_type'], args['encoder_type'], args['decoder_type'])
         arch = {('SongUNet', 'positional', 'standard', 'standard'): 'ddpmpp',
                 ('SongUNet', 'fourier', 'residual', 'standard'): 'ncsnpp'}.get(kind)

@@ -1179,7 +1179,7 @@ def test_heun_in_trigflow_is_edms_sampler():
 
 def test_double_normalisation_is_its_formula():
     torch.manual_seed(0)
-    block = scm.Block(8, 12, 16, 0.0, 0, None, True).double()
+    block = scm.Block(8, 12, config("scm", "--ch", 4)).double()
     for p in block.parameters(): p.data = torch.randn_like(p) * 0.4
     x, e = torch.randn(2, 8, 4, 4).double(), torch.randn(2, 16).double()
     h = torch.nn.functional.silu(block.norm0(x))
