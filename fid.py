@@ -1,48 +1,51 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "numpy", "pillow", "scipy"]
+# dependencies = ["torch", "numpy", "pillow"]
 # ///
 """
 fid.py  Frechet inception distance (Heusel et al. 2017, arXiv:1706.08500) and its companions, as the papers print them.
 
     d^2 = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)
 
-between Gaussians fitted to the 2048 features of the Inception network of 2015 for 50,000 samples and for a reference;
-lower is better. In the same pass: FID_inf, its limit for endless samples, extrapolated in 1/n (Chong and Forsyth 2020);
-inception score (Salimans et al. 2016; 10 splits); KID x 1000 (Binkowski et al. 2018; 100 subsets of 1000); precision
-and recall (Kynkaanniemi et al. 2019; k = 3, not VGG's features). A metric without its input is '-' or left out: FID_inf
-needs 10,000 samples, and published statistics hold no features.
+between Gaussians fitted to the 2048 pooled features of the Inception network of 2015 for 50,000 samples and for a
+reference; lower is better. In the same pass: FID_inf, its limit for endless samples, extrapolated in 1/n (Chong and
+Forsyth 2020; from 10,000 samples on); the inception score (Salimans et al. 2016; 10 splits in order); KID x 1000
+(Binkowski et al. 2018; 100 subsets of 1000); precision and recall (Kynkaanniemi et al. 2019; k = 3, in the same
+features, not VGG's). A published statistics file has only mu and sigma: with it the last three are left out.
 
     python fid.py samples.npz                               # 32 x 32: against CIFAR-10's training images
     python fid.py runs/*/samples.npz                        # a table, fid-samples.png and fid-curves.png
-    python fid.py seed0.npz seed1.npz seed2.npz --mean      # files of one folder are one model: mean, sd, minimum
+    python fid.py a/0.npz a/1.npz a/2.npz --mean            # one model: mean, sd and minimum, which EDM reports
     python fid.py samples.npz --ref photos/ --num 10000     # any folder or .zip of pictures, .npz, CIFAR-10's .tar.gz
     python fid.py runs/*/samples.npz --model dinov2         # FD-DINOv2 (Stein et al. 2023): ViT-L/14, class token
 
-16 x 16 samples are taken for digits, the scripts' default data, and need no download: --model digits is a small
-classifier of these, trained on the spot and kept in ./datasets. Its columns, comparable for equal `weights` only:
-- FD-digits: d^2 in 70 features of unit variance: 64 learned and, since a classifier need not see colour or grain, the
-  mean of each channel and its mean difference of neighbours.
-- sure: share of samples that are one digit with p > 0.5. share_min, share_max: of the rarest and commonest digit.
-- colour_min, colour_max: standard deviation of the images' mean colour over the data's, smallest and largest channel.
+16 x 16 samples, of the digits that the scripts train on by default, need no download: --model digits, the default
+there, is a small classifier of these digits, trained on the spot and kept in ./datasets. FD-digits is the same distance
+in 70 features of variance 1: 64 that it learns and, since a classifier need not see colour or grain, each channel's
+mean and mean difference of neighbouring pixels; comparable for equal `weights` only. sure: share of samples that are
+one digit with a probability above 0.5. share_min, share_max: of the rarest and the commonest digit, 0.1 in the data.
+colour_min, colour_max: standard deviation of the mean colour over the data's, least and most varied channel.
 
 Conventions are those of EDM, ECT, TCM, ADM and torch-fidelity: TensorFlow 1's bilinear resize to 299, (x - 128) / 128,
-covariance over n - 1, float32 without TF32 in the network, float64 after it. Where codes differ:
-- pytorch-fid resizes on PyTorch's grid, clean-fid by an antialiased bicubic: other figures, mixing them is refused.
+covariance over n - 1, network in float32 without TF32, statistics in float64. Where codes differ:
+- pytorch-fid resizes on PyTorch's grid and scales to [-1, 1], clean-fid resizes by an antialiased bicubic: --resize
+  pytorch-fid, --resize clean. The figures are not comparable, so the choice is in every file and mixing is refused.
 - EDM, ECT, pytorch-fid take scipy's sqrtm of S_1 S_2, complex and off by 4e-4 if n < 2048. We take the singular values
   of A_1^T A_2, S_i = A_i A_i^T: real, exact. ECT and TCM divide by n: 2e-5 of the traces at n = 50,000.
-- FD-DINOv2 resizes as EDM2, by PyTorch's antialiased bicubic; dgm-eval by Pillow's, rounded to uint8.
+- FD-DINOv2 resizes as EDM2, by PyTorch's antialiased bicubic; dgm-eval resizes by Pillow's, rounded to uint8.
 """
-import argparse, contextlib, csv, functools, hashlib, io, itertools, json, math, os, pickle, re, sys, tarfile, time
-import zipfile
+import argparse, contextlib, csv, hashlib, io, itertools, json, math, os, pickle, re, sys, tarfile, time, zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.functional import affine_grid, avg_pool2d, batch_norm, cross_entropy, gelu, grid_sample, interpolate
-from torch.nn.functional import max_pool2d, pad, relu, scaled_dot_product_attention
+from torch.nn.functional import pad, relu, scaled_dot_product_attention
+
+METHOD = Path(__file__).stem
 
 # ---------------------------------------------------------------------------------------------------- distances
 
@@ -102,118 +105,114 @@ def precision_recall(real, fake, k=3):
         return float(torch.cat([(torch.cdist(b, y) <= radius).any(1) for b in x.split(1000)]).double().mean())
     return covered(fake, real), covered(real, fake)
 
-
-def digit_columns(features, fc):
-    """Features of Digits (N, 70) or None -> share of images that are surely one digit, of the rarest, the commonest."""
-    if features is None: return dict.fromkeys(('sure', 'share_min', 'share_max'))
-    p = fc(torch.from_numpy(features)).softmax(1)
-    shares = p.argmax(1).bincount(minlength=10) / len(p)
-    sure = (p.amax(1) > 0.5).float().mean()
-    return dict(sure=sure.item(), share_min=shares.min().item(), share_max=shares.max().item())
-
 # ----------------------------------------------------------------------------------------------------- networks
 
-class Norm(nn.Module):
-    """Batch normalisation by stored statistics, whatever the mode of the network."""
-
-    def __init__(self, ch):
-        super().__init__()
-        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(ch)), nn.Parameter(torch.zeros(ch)), 1e-3
-        self.register_buffer('running_mean', torch.zeros(ch))
-        self.register_buffer('running_var', torch.ones(ch))
-
-    def forward(self, x): return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-3)
-
-
 class Conv(nn.Module):
-    """Convolution, normalisation, ReLU."""
+    """Convolution, batch normalisation by stored statistics, ReLU."""
 
     def __init__(self, cin, cout, size, stride=1, padding='same'):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(cin, cout, size, stride, padding, bias=False), Norm(cout)
+        self.conv = nn.Conv2d(cin, cout, size, stride, padding, bias=False)
+        self.bn = nn.ParameterDict({k: torch.ones(cout) for k in ('weight', 'bias', 'running_mean', 'running_var')})
 
-    def forward(self, x): return relu(self.bn(self.conv(x)), inplace=True)
+    def forward(self, x):
+        x = self.conv(x)
+        if self.bn is not None:
+            x = batch_norm(x, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias, eps=1e-3)
+        return relu(x, inplace=True)
 
     def fold(self):
         """The normalisation into the convolution: the same function, faster."""
-        self.eval()
-        self.conv, self.bn = nn.utils.fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
+        scale = self.bn.weight.double() / (self.bn.running_var.double() + 1e-3).sqrt()
+        shift = self.bn.bias.double() - self.bn.running_mean.double() * scale
+        self.conv.weight.data = (self.conv.weight * scale.view(-1, 1, 1, 1)).to(self.conv.weight)
+        self.conv.bias, self.bn = nn.Parameter(shift.float(), False), None
 
 
-average = functools.partial(avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-maximum = functools.partial(max_pool2d, kernel_size=3, stride=1, padding=1)
-halve = functools.partial(max_pool2d, kernel_size=3, stride=2)
+average, maximum, halve = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 
 
 class Mixed(nn.Module):
-    """Branches side by side on (N, cin, H, W), their outputs concatenated: convolutions name=(cin, cout, size, stride,
-    padding), where branch5x5_2 continues branch5x5_1; and the pooling, which branch_pool continues if there is one."""
+    """Branches side by side, their outputs concatenated. A branch is a list of layers; its convolutions are called
+    branch_1, branch_2, ..., a lone one branch. A pair has one input and two outputs: branch_2a, branch_2b."""
 
-    def __init__(self, pool, **convs):
+    def __init__(self, **branches):
         super().__init__()
-        for name, shape in convs.items(): self.add_module(name, Conv(*shape))
-        self.pool = pool
+        self.branches = list(branches.values())
+        for branch, layers in branches.items():
+            convs = [layer for layer in layers if layer not in (average, maximum, halve)]
+            for i, layer in enumerate(convs, 1):
+                name = f'{branch}_{i}' if len(convs) > 1 else branch
+                if isinstance(layer, Conv): self.add_module(name, layer)
+                else: self.add_module(f'{name}a', layer[0]), self.add_module(f'{name}b', layer[1])
 
     def forward(self, x):
-        ends = {}
-        for name, conv in self.named_children():
-            branch = name.split('_')[0]
-            if branch != 'branch': ends[branch] = conv(ends.get(branch, x))
-        pooled = self.pool(x)
-        return torch.cat([*ends.values(), self.branch_pool(pooled) if hasattr(self, 'branch_pool') else pooled], 1)
-
-
-class Mixed7(Mixed):
-    """The last two: two of the branches end in two convolutions side by side."""
-
-    def forward(self, x):
-        three, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([self.branch1x1(x), self.branch3x3_2a(three), self.branch3x3_2b(three),
-                          self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
-                          self.branch_pool(self.pool(x))], 1)
+        outs = []
+        for layers in self.branches:
+            h = x
+            for layer in layers: h = torch.cat([l(h) for l in layer], 1) if isinstance(layer, tuple) else layer(h)
+            outs.append(h)
+        return torch.cat(outs, 1)
 
 
 class Inception(nn.Module):
     """The network of inception-2015-12-05, with the parameter names of pytorch-fid's file: uint8 images (N, 3, H, W) ->
     features (N, 2048), logits (N, 1008) without bias, as the inception score takes them."""
 
-    def __init__(self):
+    def __init__(self, resize='tf'):
         super().__init__()
+        self.resize, self.dim = resize, 2048
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2, 0)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, 1, 0)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, 1, 0)
-        for letter, cin, cpool in (('b', 192, 32), ('c', 256, 64), ('d', 288, 64)):
+        for letter, cin, pool in ('b', 192, 32), ('c', 256, 64), ('d', 288, 64):                   # 35 x 35
             self.add_module(f'Mixed_5{letter}', Mixed(
-                average, branch1x1=(cin, 64, 1), branch5x5_1=(cin, 48, 1), branch5x5_2=(48, 64, 5),
-                branch3x3dbl_1=(cin, 64, 1), branch3x3dbl_2=(64, 96, 3), branch3x3dbl_3=(96, 96, 3),
-                branch_pool=(cin, cpool, 1)))
-        self.Mixed_6a = Mixed(halve, branch3x3=(288, 384, 3, 2, 0), branch3x3dbl_1=(288, 64, 1),
-                              branch3x3dbl_2=(64, 96, 3), branch3x3dbl_3=(96, 96, 3, 2, 0))
-        for letter, ch in (('b', 128), ('c', 160), ('d', 160), ('e', 192)):
+                branch1x1=[Conv(cin, 64, 1)],
+                branch5x5=[Conv(cin, 48, 1), Conv(48, 64, 5)],
+                branch3x3dbl=[Conv(cin, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)],
+                branch_pool=[average, Conv(cin, pool, 1)]))
+        self.Mixed_6a = Mixed(branch3x3=[Conv(288, 384, 3, 2, 0)],
+                              branch3x3dbl=[Conv(288, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, 2, 0)],
+                              branch_pool=[halve])
+        for letter, ch in ('b', 128), ('c', 160), ('d', 160), ('e', 192):                          # 17 x 17
             self.add_module(f'Mixed_6{letter}', Mixed(
-                average, branch1x1=(768, 192, 1), branch7x7_1=(768, ch, 1), branch7x7_2=(ch, ch, (1, 7)),
-                branch7x7_3=(ch, 192, (7, 1)), branch7x7dbl_1=(768, ch, 1), branch7x7dbl_2=(ch, ch, (7, 1)),
-                branch7x7dbl_3=(ch, ch, (1, 7)), branch7x7dbl_4=(ch, ch, (7, 1)), branch7x7dbl_5=(ch, 192, (1, 7)),
-                branch_pool=(768, 192, 1)))
-        self.Mixed_7a = Mixed(
-            halve, branch3x3_1=(768, 192, 1), branch3x3_2=(192, 320, 3, 2, 0), branch7x7x3_1=(768, 192, 1),
-            branch7x7x3_2=(192, 192, (1, 7)), branch7x7x3_3=(192, 192, (7, 1)), branch7x7x3_4=(192, 192, 3, 2, 0))
-        for letter, cin, pool in (('b', 1280, average), ('c', 2048, maximum)):
-            self.add_module(f'Mixed_7{letter}', Mixed7(
-                pool, branch1x1=(cin, 320, 1), branch3x3_1=(cin, 384, 1), branch3x3_2a=(384, 384, (1, 3)),
-                branch3x3_2b=(384, 384, (3, 1)), branch3x3dbl_1=(cin, 448, 1), branch3x3dbl_2=(448, 384, 3),
-                branch3x3dbl_3a=(384, 384, (1, 3)), branch3x3dbl_3b=(384, 384, (3, 1)), branch_pool=(cin, 192, 1)))
+                branch1x1=[Conv(768, 192, 1)],
+                branch7x7=[Conv(768, ch, 1), Conv(ch, ch, (1, 7)), Conv(ch, 192, (7, 1))],
+                branch7x7dbl=[Conv(768, ch, 1), Conv(ch, ch, (7, 1)), Conv(ch, ch, (1, 7)), Conv(ch, ch, (7, 1)),
+                              Conv(ch, 192, (1, 7))],
+                branch_pool=[average, Conv(768, 192, 1)]))
+        self.Mixed_7a = Mixed(branch3x3=[Conv(768, 192, 1), Conv(192, 320, 3, 2, 0)],
+                              branch7x7x3=[Conv(768, 192, 1), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
+                                           Conv(192, 192, 3, 2, 0)],
+                              branch_pool=[halve])
+        for letter, cin, pool in ('b', 1280, average), ('c', 2048, maximum):                       # 8 x 8
+            self.add_module(f'Mixed_7{letter}', Mixed(
+                branch1x1=[Conv(cin, 320, 1)],
+                branch3x3=[Conv(cin, 384, 1), (Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1)))],
+                branch3x3dbl=[Conv(cin, 448, 1), Conv(448, 384, 3), (Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1)))],
+                branch_pool=[pool, Conv(cin, 192, 1)]))
         self.fc = nn.Linear(2048, 1008)
+        self.requires_grad_(False)      # stored statistics have no derivative
 
-    def forward(self, x):               # TensorFlow 1: pixel i of 299 lies at i * size / 299, beyond the edge the edge
-        x = interpolate(pad(x.float(), (0, 1, 0, 1), 'replicate'), (300, 300), mode='bilinear', align_corners=True)
-        x = ((x[..., :299, :299] - 128) / 128).contiguous(memory_format=torch.channels_last)
-        for name, layer in self.named_children():
-            if name in ('Conv2d_3b_1x1', 'Mixed_5b'): x = halve(x)
-            if name != 'fc': x = layer(x)
-        x = x.mean((2, 3))
+    def input(self, x):
+        """uint8 (N, 3, H, W) -> (N, 3, 299, 299), in the way of --resize"""
+        x = x.float()
+        if self.resize == 'pytorch-fid': return interpolate(x, (299, 299), mode='bilinear') / 127.5 - 1
+        if self.resize == 'clean':      # Pillow's bicubic
+            x = interpolate(x, (299, 299), mode='bicubic', antialias=True).clamp(0, 255)
+        else:                           # TensorFlow 1: pixel i of 299 lies at i * size / 299, beyond the edge the edge
+            x = interpolate(pad(x, (0, 1, 0, 1), 'replicate'), (300, 300), mode='bilinear', align_corners=True)
+        return (x[..., :299, :299] - 128) / 128
+
+    def forward(self, x):
+        x = self.input(x).contiguous(memory_format=torch.channels_last)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x)))
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halve(x))))
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))
         return x, x @ self.fc.weight.T
 
 
@@ -225,7 +224,7 @@ class DINOv2(nn.Module):
         super().__init__()
         group, norm = nn.ModuleDict, lambda: nn.LayerNorm(dim, eps=1e-6)
         scale = lambda: nn.ParameterDict(dict(gamma=torch.ones(dim)))
-        self.heads = heads
+        self.heads, self.dim = heads, dim
         self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)), nn.Parameter(torch.zeros(1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37 * 37, dim))
         self.patch_embed = group(dict(proj=nn.Conv2d(3, dim, 14, 14)))
@@ -251,53 +250,24 @@ class DINOv2(nn.Module):
 
 
 class Digits(nn.Module):
-    """A classifier of the glyphs: uint8 images (N, 3, 16, 16) -> features (N, 70) of unit variance over the glyphs: 64
-    learned, and the sharpness and the mean of each channel; logits (N, 10)"""
+    """A classifier of the glyphs: uint8 images (N, 3, 16, 16) -> features (N, 70), each of variance 1 over the glyphs:
+    64 learned, difference of neighbouring pixels and mean of each channel; logits (N, 10)"""
 
     def __init__(self):
         super().__init__()
+        self.dim = 70
         self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64),
-            nn.ReLU(), nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 64))
+            nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(),
+            nn.Flatten(), nn.Linear(2048, 64))
         self.norm, self.fc = nn.BatchNorm1d(70, affine=False), nn.Linear(70, 10)
 
     def forward(self, x):
         x = x.float() / 127.5 - 1
-        sharpness = x.diff(dim=2).abs().mean((2, 3)) + x.diff(dim=3).abs().mean((2, 3))
-        features = self.norm(torch.cat([self.body(x), sharpness, x.mean((2, 3))], 1))
+        contrast = x.diff(dim=2).abs().mean((2, 3)) + x.diff(dim=3).abs().mean((2, 3))
+        features = self.norm(torch.cat([self.body(x), contrast, x.mean((2, 3))], 1))
         return features, self.fc(features)
-
-
-def digits():
-    """-> Digits, as kept in ./datasets or trained now: on digits of a fixed seed that is not the reference's, with some
-    noise, or it would be sure of any noise too."""
-    path, net = Path('datasets/digits.pt'), Digits()
-    if not path.exists():
-        note(f'training a classifier of the digits, to be kept at {path}')
-        torch.manual_seed(0)
-        net, (images, labels) = Digits(), glyphs(seed=1)
-        optimiser = torch.optim.Adam(net.parameters(), 1e-3)
-        for rows in torch.cat([torch.randperm(len(images)) for epoch in range(4)]).split(128):
-            noise = 12 * torch.rand(len(rows), 1, 1, 1) * torch.randn(len(rows), 3, 16, 16)
-            loss = cross_entropy(net(images[rows] + noise)[1], labels[rows], label_smoothing=0.05)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        path.parent.mkdir(exist_ok=True)
-        write(path, lambda file: torch.save(net.state_dict(), file))
-    with reading(path, ': delete it to train anew'): net.load_state_dict(torch.load(path, weights_only=True))
-    return net.eval().requires_grad_(False)
-
-# -------------------------------------------------------------------------------------------- files and weights
-
-METHOD = Path(__file__).stem
-WEIGHTS = dict(                         # model: url, sha256
-    inception=('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
-               'pt_inception-2015-12-05-6726825d.pth',
-               '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'),
-    dinov2=('https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth',
-            'd5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428'))
-RESIZE = dict(inception='tf', dinov2='bicubic 224', digits='none')
 
 
 def stop(message, code=2):
@@ -339,48 +309,52 @@ def fetch(url, sha256=None):
     return path
 
 
-def sha256_of(files):
-    """Of the content of the files, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, 'rb') as file:
-            for block in iter(lambda: file.read(1 << 20), b''): digest.update(block)
-    return digest.hexdigest()
+WEIGHTS = dict(                         # model: url, sha256
+    inception=('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
+               'pt_inception-2015-12-05-6726825d.pth',
+               '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'),
+    dinov2=('https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth',
+            'd5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428'))
+CIFAR10 = ('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
+           'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
+EDM_REFS = 'https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/'     # mu, sigma of whole training sets; no hash published
+DIGITS = Path('datasets/digits.pt')
+
+
+def digits():
+    """-> Digits, trained on glyphs of another seed than the reference's and kept in ./datasets. Without the noise it
+    would be surer of what is no digit."""
+    torch.manual_seed(0)
+    net = Digits()
+    if not DIGITS.exists():
+        print(f'training a classifier of the digits, to be kept at {DIGITS}', file=sys.stderr, flush=True)
+        (images, labels), optimizer = glyphs(seed=1), torch.optim.Adam(net.parameters(), 1e-3)
+        for rows in itertools.chain(*(torch.randperm(len(images)).split(128) for _ in range(4))):
+            noise = 13 * torch.rand(len(rows), 1, 1, 1) * torch.randn(len(rows), 3, 16, 16)
+            loss = cross_entropy(net(images[rows] + noise)[1], labels[rows], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        DIGITS.parent.mkdir(exist_ok=True)
+        write(DIGITS, lambda file: torch.save(net.state_dict(), file))
+    with reading(DIGITS, '; delete it to train anew'): net.load_state_dict(torch.load(DIGITS, weights_only=True))
+    return net.eval().requires_grad_(False)
 
 
 def network(cfg):
-    """-> the network of --model with its weights, folded; the first digits of the sha256 of the weights"""
-    if cfg.model == 'digits': return digits(), sha256_of(['datasets/digits.pt'])[:8]
+    """-> the network of --model with its weights, folded; first digits of the sha256 of the weights' file"""
+    if cfg.model == 'digits': return digits(), hashlib.sha256(DIGITS.read_bytes()).hexdigest()[:8]
+    net = Inception(cfg.resize) if cfg.model == 'inception' else DINOv2()
     url, sha256 = WEIGHTS[cfg.model]
-    path, net = cfg.weights or fetch(url, sha256), Inception() if cfg.model == 'inception' else DINOv2()
-    with reading(path):
-        if sha256_of([path]) != sha256: raise ValueError(f'its sha256 is not {sha256}, of {url.rsplit("/", 1)[1]}')
-        net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+    path = Path(cfg.weights) if cfg.weights else fetch(url, sha256)
+    with reading(path): digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != sha256: stop(f'{path} has not the sha256 {sha256} of {url.rsplit("/", 1)[1]}')
+    net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
     for layer in net.modules():
         if isinstance(layer, Conv): layer.fold()
-    return net.to(memory_format=torch.channels_last), sha256[:8]
+    return net.requires_grad_(False).to(memory_format=torch.channels_last), sha256[:8]
 
 # ------------------------------------------------------------------------------------------------------- images
-
-def glyphs(res=16, n=20_000, seed=0):
-    """n digits in Pillow's built-in font, in random pose, size, place and colours, light on dark: a function of seed.
-    -> images uint8 (n, 3, res, res), labels int64 (n,)"""
-    font, masks, g = ImageFont.load_default(size=36), [], torch.Generator().manual_seed(seed)
-    for digit in '0123456789':
-        canvas = Image.new('L', (48, 48))
-        ImageDraw.Draw(canvas).text((24, 24), digit, 255, font, anchor='mm', stroke_width=1)
-        masks.append(np.asarray(canvas))
-    masks, labels = torch.tensor(np.stack(masks))[:, None] / 255, torch.arange(n) % 10
-    spread = torch.tensor([0.08, 0.08, 0.05, 0.04, 0.04])[:, None]
-    angle, shear, size, dx, dy = (torch.rand(5, n, generator=g) * 2 - 1) * spread
-    cos, sin = 0.7 * size.exp() * angle.cos(), 0.7 * size.exp() * angle.sin()
-    pose = torch.stack([cos, shear * cos - sin, dx, sin, shear * sin + cos, dy], 1).view(n, 2, 3)
-    ink = torch.cat([grid_sample(masks[l], affine_grid(p, (len(l), 1, 2 * res, 2 * res), False), align_corners=False)
-                     for l, p in zip(labels.split(2000), pose.split(2000))])
-    ground, stroke = 0.4 * torch.rand(n, 3, 1, 1, generator=g), 1 - 0.4 * torch.rand(n, 3, 1, 1, generator=g)
-    images = torch.lerp(ground, stroke, avg_pool2d(ink, 2))
-    return (images * 255).round().to(torch.uint8), labels
-
 
 def pictures(path):
     """A folder or .zip of pictures with EDM's dataset.json if there, or CIFAR-10's binary .tar.gz -> names, sorted; a
@@ -404,50 +378,78 @@ def pictures(path):
     return names, lambda name: Image.open(io.BytesIO(content(name))), labels
 
 
-class Images:
-    """The images of a path, looked over at once and read when needed: n, size (H, W), sha256 of the content. Whatever
+def glyphs(res=16, n=20_000, seed=0):
+    """n digits in Pillow's built-in font, in random pose, size, place and colours, light on dark: a function of seed.
+    -> images uint8 (n, 3, res, res), labels int64 (n,)"""
+    font, masks, g = ImageFont.load_default(size=36), [], torch.Generator().manual_seed(seed)
+    for digit in '0123456789':
+        canvas = Image.new('L', (48, 48))
+        ImageDraw.Draw(canvas).text((24, 24), digit, 255, font, anchor='mm', stroke_width=1)
+        masks.append(np.asarray(canvas))
+    masks, labels = torch.tensor(np.stack(masks))[:, None] / 255, torch.arange(n) % 10
+    spread = torch.tensor([0.08, 0.08, 0.05, 0.04, 0.04])[:, None]
+    angle, shear, size, dx, dy = (torch.rand(5, n, generator=g) * 2 - 1) * spread
+    cos, sin = 0.7 * size.exp() * angle.cos(), 0.7 * size.exp() * angle.sin()
+    pose = torch.stack([cos, shear * cos - sin, dx, sin, shear * sin + cos, dy], 1).view(n, 2, 3)
+    ink = torch.cat([grid_sample(masks[l], affine_grid(p, (len(l), 1, 2 * res, 2 * res), False), align_corners=False)
+                     for l, p in zip(labels.split(2000), pose.split(2000))])
+    ground, stroke = 0.4 * torch.rand(n, 3, 1, 1, generator=g), 1 - 0.4 * torch.rand(n, 3, 1, 1, generator=g)
+    images = torch.lerp(ground, stroke, avg_pool2d(ink, 2))
+    return (images * 255).round().to(torch.uint8), labels
+
+
+def each_image(path, rows=None):
+    """The images of a path, or those numbered rows, one by one (50,000 of side 256 are 10 GB): name, PIL Image"""
+    if path.suffix.lower() != '.npz':
+        names, picture, _ = pictures(path)
+        for i in range(len(names)) if rows is None else rows:
+            with reading(f'{path}/{names[i]}'): yield names[i], picture(names[i])
+        return
+    file = zipfile.ZipFile(path).open('arr_0.npy')
+    major, minor = np.lib.format.read_magic(file)
+    shape, fortran, dtype = getattr(np.lib.format, f'read_array_header_{major}_{minor}')(file)
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
+        stop(f'{path} holds {dtype} {shape}{" in Fortran order" * fortran}, not uint8 (N, H, W, 3)')
+    wanted = set(range(shape[0]) if rows is None else rows)
+    for i in range(max(wanted, default=-1) + 1):
+        data = file.read(math.prod(shape[1:]))
+        if i in wanted: yield i, Image.frombytes('RGB', (shape[2], shape[1]), data)
+
+
+def survey(path):
+    """Looks at all images of a path -> path, n, size [H, W], sha256 of the pixels, meta None (no statistics yet). What
     would make a silent difference ends the program: alpha, 16 bits, CMYK, mixed sizes, floats."""
-
-    def __init__(self, path):
-        self.path, self.array, self.names, files = Path(path), None, [], [path]
-        with reading(path, ': images are a folder or .zip of pictures, an .npz, or CIFAR-10\'s .tar.gz'):
-            if self.path.suffix.lower() == '.npz':
-                self.array = np.load(path, allow_pickle=False)['arr_0']
-                self.n, *self.size, channels = self.array.shape
-                if self.array.dtype != np.uint8 or channels != 3 or not self.n:
-                    raise ValueError(f'it holds {self.array.dtype} {self.array.shape}, not uint8 images (N, H, W, 3)')
-            else:
-                self.names, self.picture, _ = pictures(path)
-                self.n, self.size = len(self.names), [*self.picture(self.names[0]).size[::-1]]
-                if self.path.is_dir(): files = [self.path / name for name in self.names]
-            self.sha256 = sha256_of(files)
-        for name in self.names:         # only the headers are read
-            with reading(f'{self.path}/{name}'):
-                image = self.picture(name)
-                deep, alpha = ';16' in str(getattr(image, 'tile', '')), 'transparency' in image.info
-                if image.mode not in ('RGB', 'L', 'P', '1') or deep or alpha:
-                    kind = image.mode + ' of 16 bits' * deep + ' with alpha' * alpha
-                    raise ValueError(f'it is {kind}: convert it to 8-bit RGB or grey')
-                if self.size != [image.height, image.width]:
-                    raise ValueError(f'it is {image.width} x {image.height}, unlike the first, {self.names[0]}')
-
-    def pick(self, rows):
-        """The images numbered rows one after the other, each uint8 (H, W, 3)."""
-        if self.array is not None: yield from (self.array[i] for i in rows)
-        for name in [self.names[i] for i in rows] if self.names else []:
-            with reading(f'{self.path}/{name}'): image = np.asarray(self.picture(name).convert('RGB'))
-            yield image
+    path, digests, kinds, size = Path(path), [], [], None
+    if not path.exists(): stop(f'there is no {path}')
+    with reading(path, '; images are an .npz, a folder or .zip of pictures, or the binary .tar.gz of CIFAR-10'):
+        for name, image in each_image(path):
+            alpha, deep = 'A' in image.mode or 'transparency' in image.info, ';16' in str(getattr(image, 'tile', ''))
+            if image.mode not in ('RGB', 'L', 'P', '1') or alpha or deep:
+                kind = image.mode + ' picture' + ' with alpha' * alpha + ' of 16 bits' * deep
+                stop(f'{path}/{name} is a {kind}: convert it to 8-bit RGB or grey')
+            size = size or image.size
+            if image.size != size: stop(f'{path}/{name} is of size {image.size}, those before it {size}')
+            with reading(f'{path}/{name}'): digests.append(hashlib.sha256(image.convert('RGB').tobytes()).digest())
+            kinds += [image.format, 'grey' if image.mode in ('L', '1') else 'colour']
+    if len(digests) < 2: stop(f'{path} holds {len(digests)} images: two are the least')
+    n, same = len(digests), len(digests) - len(set(digests))
+    if same: note(f'{path}: {same} of {n} images are duplicates of another')
+    if 'JPEG' in kinds: note(f'{path} holds {kinds.count("JPEG")} JPEG: compression changes the distance; use PNG')
+    if 'grey' in kinds: note(f'{path}: {kinds.count("grey")} grey pictures repeated to 3 channels')
+    sha256 = hashlib.sha256(b''.join(digests)).hexdigest()
+    return SimpleNamespace(path=path, n=n, size=[size[1], size[0]], sha256=sha256, meta=None)
 
 
 def load_images(path):
     """All images of a path: uint8 (N, 3, H, W)"""
-    images = Images(path)
-    return torch.stack([torch.tensor(a) for a in images.pick(range(images.n))]).permute(0, 3, 1, 2).contiguous()
+    images = [np.asarray(image.convert('RGB')) for _, image in each_image(Path(path))]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 # --------------------------------------------------------------------------------------------------- statistics
 
 class Arrays(pickle.Unpickler):
     """Reads EDM2's statistics, a pickle of dicts of numpy arrays; any other name in it is an error."""
+
     KNOWN = {
         'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype,
         'multiarray._reconstruct': np.zeros(0).__reduce__()[0],
@@ -464,92 +466,107 @@ class Arrays(pickle.Unpickler):
 
 def read_statistics(path, model='inception'):
     """A file of mu and sigma, ours (with meta and features) or EDM's, ADM's, pytorch-fid's, clean-fid's .npz or EDM2's
-    .pkl -> Namespace of mu, sigma, features or None, meta, n, size; or None if path is something else."""
+    .pkl -> mu, sigma, features or None, meta, n and size [H, W] or None; None if path is something else"""
     path = Path(path)
     if not path.is_file() or path.suffix not in ('.npz', '.pkl', '.fid'): return None
-    with reading(path), open(path, 'rb') as file:
-        if path.suffix == '.pkl': found = Arrays(file).load()['fd_dinov2' if model == 'dinov2' else 'fid']
-        else: found = np.load(file, allow_pickle=False)
+    with reading(path):
+        if path.suffix == '.pkl': found = Arrays(path.open('rb')).load()['fd_dinov2' if model == 'dinov2' else 'fid']
+        else: found = np.load(path, allow_pickle=False)
         if not {'mu', 'sigma'} <= set(found): return None
         mu, sigma = (np.asarray(found[k], np.float64) for k in ('mu', 'sigma'))
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError(f'it holds mu {mu.shape}, sigma {sigma.shape}: not finite statistics')
         meta = dict(json.loads(str(found['meta']))) if 'meta' in found else {}
         features = found['features'] if 'features' in found else None
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        stop(f'{path} holds mu {mu.shape}, sigma {sigma.shape}: not finite statistics')
     way = re.search('_(clean|legacy_pytorch|legacy_tensorflow)_', path.name)       # clean-fid's file names
     if way and not meta: meta['resize'] = dict(clean='clean', legacy_pytorch='pytorch-fid').get(way[1], 'tf')
-    return argparse.Namespace(mu=mu, sigma=sigma, features=features, meta=meta, n=meta.get('n'), size=meta.get('size'))
+    return SimpleNamespace(mu=mu, sigma=sigma, features=features, meta=meta, n=meta.get('n'), size=meta.get('size'))
 
 
-def extract(images, rows, net, cfg):
-    """Features (len(rows), D) of the images numbered rows, and how many of these are copies of another."""
-    gpu, n, live = torch.cuda.is_available() and cfg.device == 'auto', len(rows), sys.stderr.isatty()
+def extract(rank, world, net, images, rows, cfg, features):
+    """Process `rank` of `world` fills in its share of the features (n, dim)."""
+    device = torch.device('cuda', rank) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
+    if world > 1 and device.type == 'cpu': torch.set_num_threads(max(1, os.cpu_count() // world))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    device, batch = torch.device('cuda' if gpu else 'cpu'), cfg.batch or (128 if gpu else 8)
-    start, told, source, net = time.time(), time.time(), images.pick(rows), net.to(device)
-    features, different, done = [], set(), 0
-    while done < n:
-        block = np.stack(list(itertools.islice(source, batch)))
-        different.update(hashlib.sha256(image.tobytes()).digest() for image in block)
-        x = torch.from_numpy(block).to(device).permute(0, 3, 1, 2)
-        with torch.inference_mode(): features.append(net(x)[0].cpu().numpy())
-        done += len(block)
-        if live or time.time() > told + 60 or done == n:
-            told, pace = time.time(), (time.time() - start) / done
-            text = f'{images.path}: {done} of {n} images, {1 / pace:.1f} img/s, {(n - done) * pace / 60:.1f} min left  '
-            print('\r' * live + text, end='' if live and done < n else '\n', file=sys.stderr, flush=True)
-    features = np.concatenate(features)
-    if not np.isfinite(features).all(): stop(f'{images.path}: the network returns NaN', 1)
-    return features, n - len(different)
+    net, batch = net.to(device), cfg.batch or (8 if device.type == 'cpu' else 128)
+    start, told, source = time.time(), time.time(), each_image(images.path, rows[rank::world])
+    for first in range(rank, len(rows), world * batch):
+        mine = range(first, len(rows), world)[:batch]
+        x = torch.from_numpy(np.stack([np.asarray(next(source)[1].convert('RGB')) for _ in mine]))
+        with torch.inference_mode(): features[list(mine)] = net(x.to(device).permute(0, 3, 1, 2))[0].cpu()
+        done = min(mine[-1] + world, len(rows))
+        if rank == 0 and (done == len(rows) or time.time() > told + 20):
+            told, pace = time.time(), done / (time.time() - start)
+            note(f'{images.path}: {done} of {len(rows)} images, {pace:.1f}/s, {(len(rows) - done) / pace:.0f} s left')
 
 
 def statistics(images, num, net, weights, cfg):
-    """What read_statistics gives, of num of the images (0: all), from the file beside them or computed and put there;
-    features of more than 50,000 images are not kept."""
+    """What read_statistics returns, of num of the images (0: all), kept beside them; features of 50,000 at most"""
     n = num or images.n
-    cache = Path(f'{images.path}.{cfg.model}.fid')
-    key = dict(format=2, model=cfg.model, resize=RESIZE[cfg.model], weights=weights, n=n, of=images.n, size=images.size,
-               sha256=images.sha256)
-    found = read_statistics(cache)
-    if found and {k: found.meta.get(k) for k in key} == key: return found
     rows = np.sort(np.random.RandomState(0).permutation(images.n)[:n])         # EDM's choice of a subset
-    features, copies = extract(images, rows, net, cfg)
-    if copies: note(f'{images.path}: {copies} of {n} images are duplicates of another')
-    meta = key | dict(source=str(images.path), duplicates=copies, cov='n-1', torch=torch.__version__)
-    mu, sigma = gaussian(features)
-    kept = dict(mu=mu, sigma=sigma, meta=json.dumps(meta)) | (dict(features=features) if n <= 50_000 else {})
-    if os.access(cache.parent, os.W_OK): write(cache, lambda file: np.savez(file, **kept))
+    cache = Path(f'{images.path}.{"-".join(filter(None, (cfg.model, cfg.resize)))}.fid')
+    meta = dict(format=2, model=cfg.model, resize=cfg.resize, weights=weights, n=n, of=images.n, size=images.size,
+                sha256=images.sha256)
+    found = read_statistics(cache)
+    if found and meta.items() <= found.meta.items(): return found
+    features = torch.zeros(n, net.dim).share_memory_()
+    job = cfg.gpus, net, images, rows, cfg, features
+    if cfg.gpus == 1: extract(0, *job)
+    else: torch.multiprocessing.spawn(extract, job, cfg.gpus)
+    if not features.isfinite().all(): stop(f'{images.path}: the network returns NaN', 1)
+    meta |= dict(source=str(images.path), cov='n-1', date=time.strftime('%Y-%m-%d'), torch=torch.__version__)
+    mu, sigma = gaussian(features.numpy())
+    found = dict(mu=mu, sigma=sigma, features=features[::math.ceil(n / 50_000)].numpy())
+    if os.access(cache.parent, os.W_OK): write(cache, lambda file: np.savez(file, meta=json.dumps(meta), **found))
     else: note(f'{cache.parent} is read-only: the statistics of {images.path} are not kept')
-    return argparse.Namespace(mu=mu, sigma=sigma, features=features, meta=meta, n=n, size=images.size)
+    return SimpleNamespace(meta=meta, n=n, size=images.size, **found)
 
 # --------------------------------------------------------------------------------------------------- comparison
 
-def reference(name, cfg):
-    """-> the Images or statistics that --ref stands for, and whether these are published, for 50,000 samples"""
-    path, published = name, not Path(name).exists() and name in ('cifar10', 'imagenet64')
-    if published and cfg.model == 'inception':
-        file = dict(cifar10='cifar10-32x32.npz', imagenet64='imagenet-64x64.npz')[name]
-        path = fetch(f'https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/{file}')          # no hash was published
-    elif published: path = 'datasets/' + dict(cifar10='cifar-10-binary.tar.gz', imagenet64='imagenet-64x64.zip')[name]
-    elif '://' in name: path = fetch(name)
-    elif name == 'glyphs' and not Path(name).exists():
+def reference(cfg, size):
+    """Settles --model and --resize -> name of the reference, if 50,000 samples are due, its images or statistics"""
+    name = cfg.ref or {16: 'glyphs', 32: 'cifar10', 64: 'imagenet64'}.get(size[0])
+    if not name: stop(f'the samples are {size[1]} x {size[0]}: name what to compare them with by --ref')
+    cfg.model = cfg.model or ('digits' if size == [16, 16] and name == 'glyphs' and not cfg.weights else 'inception')
+    if cfg.model != 'inception': cfg.resize = ''
+    if cfg.model == 'digits' and (size != [16, 16] or cfg.weights):
+        stop('--model digits is for images of 16 x 16, and trains its own weights')
+    path, named = name, name in ('glyphs', 'cifar10', 'imagenet64') and not Path(name).exists()
+    if named and name == 'glyphs':
         path = Path('datasets/glyphs.npz')
         path.parent.mkdir(exist_ok=True)
-        if not path.exists(): write(path, lambda file: np.savez(file, glyphs()[0].permute(0, 2, 3, 1).numpy()))
+        write(path, lambda file: np.savez(file, glyphs()[0].permute(0, 2, 3, 1)))
+    elif named and cfg.resize == 'tf':
+        path = fetch(EDM_REFS + dict(cifar10='cifar10-32x32.npz', imagenet64='imagenet-64x64.npz')[name])
+    elif named: path = fetch(*CIFAR10) if name == 'cifar10' else Path('datasets/imagenet-64x64.zip')
+    elif '://' in name: path = fetch(name)
     found = read_statistics(path, cfg.model)
-    return found or Images(path), published or bool(found and 'weights' not in found.meta)
+    published = named and name != 'glyphs' or bool(found and 'weights' not in found.meta)
+    return name, published, found or survey(path)
 
 
-def evaluate(sample, ref, net, cfg):
+def compatible(meta, path, cfg, weights):
+    """Ends the program if statistics were made in another way than these flags say."""
+    for key, here in dict(model=cfg.model, resize=cfg.resize, weights=weights).items():
+        if meta.get(key, here) != here: stop(f'{path} was made with {key} {meta[key]}, not {here}')
+    if not {'weights', 'resize'} & set(meta):
+        note(f'{path} does not say how it was made: assumed {cfg.model} {cfg.resize}')
+
+
+def evaluate(sample, reference, net, cfg):
     """-> {column: value}; a metric without its input is None"""
-    x, y, kind = sample.features, ref.features, dict(inception='FID', dinov2='FD-DINOv2', digits='FD-digits')[cfg.model]
-    if sample.mu.shape != ref.mu.shape:
-        stop(f'the reference has {len(ref.mu)} features, the samples {len(sample.mu)}: not of one network')
-    row = {kind: frechet(sample.mu, sample.sigma, ref.mu, ref.sigma)}
-    if cfg.model == 'digits':
-        spread = np.sqrt(np.diag(sample.sigma)[-3:] / np.diag(ref.sigma)[-3:])         # of the mean colours
-        return row | digit_columns(x, net.fc) | dict(colour_min=spread.min(), colour_max=spread.max(), n=sample.n)
-    row[f'{kind}_inf'] = frechet_inf(x, ref.mu, ref.sigma) if x is not None and len(x) >= 10_000 else None
+    x, y, mu, sigma = sample.features, reference.features, reference.mu, reference.sigma
+    if sample.mu.shape != mu.shape:
+        stop(f'the reference has {len(mu)} features, the samples {len(sample.mu)}: not of one network')
+    kind = dict(inception='FID', dinov2='FD-DINOv2', digits='FD-digits')[cfg.model]
+    row = {kind: frechet(sample.mu, sample.sigma, mu, sigma)}
+    if kind == 'FD-digits' and x is not None:
+        p = net.fc(torch.from_numpy(x)).softmax(1)
+        shares = p.argmax(1).bincount(minlength=10) / len(p)
+        spread = np.sqrt(np.diag(sample.sigma) / np.diag(sigma))[-3:]
+        return row | dict(sure=(p.amax(1) > 0.5).float().mean().item(), share_min=shares.min().item(),
+                          share_max=shares.max().item(), colour_min=spread.min(), colour_max=spread.max(), n=sample.n)
+    row[f'{kind}_inf'] = frechet_inf(x, mu, sigma) if x is not None and len(x) >= 10_000 else None
     if kind == 'FID': row['IS'] = inception_score(x, net.fc.weight) if x is not None and len(x) >= 10 else None
     both = x is not None and y is not None and min(len(x), len(y)) > 3
     row['KID x1000' if kind == 'FID' else 'KD x1000'] = 1000 * kernel_distance(x, y) if both else None
@@ -560,68 +577,59 @@ def evaluate(sample, ref, net, cfg):
 def table(rows):
     """Aligned text of [{column: [values]}]: mean, and sd and minimum where there are several; * marks the best."""
     columns = [c for c in rows[0] if any(row[c] != [None] * len(row[c]) for row in rows)]
-    best = dict(IS=max, precision=max, recall=max, sure=max)
-    best |= {c: min for c in columns if c.startswith(('FID', 'FD', 'KID', 'KD'))}
     equal = len(rows) > 1 and len({n for row in rows for n in row['n']}) == 1
 
     def cell(row, c):
         values = row[c]
         if c in ('model', 'n'): return ' '.join(dict.fromkeys('-' if v is None else str(v) for v in values))
         if None in values: return '-'
-        text = f'{np.mean(values):.3f}'
+        text, means = f'{np.mean(values):.3f}', [np.mean(r[c]) for r in rows if None not in r[c]]
         if len(values) > 1: text += f' +- {np.std(values, ddof=1):.3f} (min {min(values):.3f})'
-        if not equal or c not in best: return text
-        means = [np.mean(r[c]) for r in rows if None not in r[c]]
-        return text + ('*' if np.mean(values) == best[c](means) else ' ')
+        if not equal or c.startswith(('share', 'colour')): return text
+        best = max(means) if c in ('IS', 'precision', 'recall', 'sure') else min(means)
+        return text + ('*' if np.mean(values) == best else ' ')
     grid = [columns, *([cell(row, c) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in grid) for i in range(len(columns))]
     return '\n'.join('  '.join([line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:]))]).rstrip()
                      for line in grid)
 
-# ----------------------------------------------------------------------------------------------------- pictures
 
 def sheet(rows, path):
-    """Contact sheet of {name: [images uint8 (H, W, 3)]}, small ones enlarged."""
-    font, gap = ImageFont.load_default(size=15), 6
+    """Contact sheet: the first 16 images of each row, {name: what survey returns}, small ones enlarged."""
+    font, gap, size = ImageFont.load_default(size=15), 6, next(iter(rows.values())).size
+    height, width = (side * max(1, 48 // size[0]) for side in size)
     left = max(int(font.getlength(name)) for name in rows) + 3 * gap
-    strips = [Image.fromarray(np.concatenate(images, 1)) for images in rows.values()]
-    strips = [ImageOps.scale(s, max(1, 48 // s.height), Image.NEAREST) for s in strips]
-    width, height = left + max(s.width for s in strips), sum(s.height + gap for s in strips) + gap
-    canvas, y = Image.new('RGB', (width, height), 'white'), gap
-    for name, strip in zip(rows, strips):
-        ImageDraw.Draw(canvas).text((left - 2 * gap, y + strip.height // 2), name, 'black', font, anchor='rm')
-        canvas.paste(strip, (left, y))
-        y += strip.height + gap
+    canvas = Image.new('RGB', (left + 16 * width, len(rows) * (height + gap) + gap), 'white')
+    for y, (name, images) in zip(itertools.count(gap, height + gap), rows.items()):
+        ImageDraw.Draw(canvas).text((left - 2 * gap, y + height // 2), name, 'black', font, anchor='rm')
+        for i, (_, image) in enumerate(each_image(images.path, range(min(16, images.n)))):
+            canvas.paste(image.convert('RGB').resize((width, height), Image.NEAREST), (left + i * width, y))
     write(path, lambda file: canvas.save(file, 'PNG'))
 
 
 def curves(logs, path):
-    """Loss and gradient norm over the steps, logarithmic, from {name: rows of log.csv}; a line breaks where a phase
-    ends, since the objectives of two phases have no common scale."""
+    """Loss and gradient norm of {name: rows of log.csv}, logarithmic; lines break where a phase, so the loss, ends."""
     font, (width, height, left, gap) = ImageFont.load_default(size=14), (640, 300, 64, 30)
-    colours = '#1f6fb4 #d95f02 #1b8a5a #a6306e #7a5195 #8c6d1f #444444 #17a2b8'.split() * len(logs)
     canvas = Image.new('RGB', (left + width + gap, 2 * (height + gap) + gap + 24 * len(logs)), 'white')
-    pen = ImageDraw.Draw(canvas)
+    draw, colours = ImageDraw.Draw(canvas), '#1f6fb4 #d95f02 #1b8a5a #a6306e #7a5195 #8c6d1f #444444 #17a2b8'.split()
     last = max(float(row['step']) for rows in logs.values() for row in rows)
-    for top, column in ((gap, 'loss'), (2 * gap + height, 'grad_norm')):
-        values = [float(row[column]) for rows in logs.values() for row in rows]
-        values = [math.log10(v) for v in values if 0 < v < math.inf] or [0.0]
-        low, high = math.floor(min(values)), math.floor(max(values)) + 1
-        place = lambda step, v: (left + width * step / last, top + height * (high - math.log10(v)) / (high - low))
-        pen.text((left, top - 4), column, 'black', font, anchor='lb')
+    for y0, column in ((gap, 'loss'), (2 * gap + height, 'grad_norm')):
+        shown = lambda row: 0 < float(row[column]) < math.inf
+        values = [float(row[column]) for rows in logs.values() for row in rows if shown(row)] or [1.0]
+        low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
+        place = lambda step, v: (left + width * step / last, y0 + height * (high - math.log10(v)) / (high - low))
+        draw.text((left, y0 - 4), column, 'black', font, anchor='lb')
         for power in range(low, high + 1):
             y = place(0, 10.0 ** power)[1]
-            pen.line((left, y, left + width, y), '#dddddd')
-            pen.text((left - 8, y), f'{10.0 ** power:g}', 'black', font, anchor='rm')
-        for rows, colour in zip(logs.values(), colours):
+            draw.line((left, y, left + width, y), '#dddddd')
+            draw.text((left - 8, y), f'{10.0 ** power:g}', 'black', font, anchor='rm')
+        for colour, rows in zip(itertools.cycle(colours), logs.values()):
             for _, phase in itertools.groupby(rows, lambda row: row['phase']):
-                points = [(float(row['step']), float(row[column])) for row in phase]
-                pen.line([place(step, v) for step, v in points if 0 < v < math.inf], colour, 2)
-    pen.text((left + width, top + height + 10), f'step {last:g}', 'black', font, anchor='rt')
-    for k, (name, colour) in enumerate(zip(logs, colours)):
-        y = top + height + gap + 12 + 24 * k
-        pen.line((left, y, left + 30, y), colour, 3)
-        pen.text((left + 40, y), name, 'black', font, anchor='lm')
+                points = [place(float(row['step']), float(row[column])) for row in phase if shown(row)]
+                if len(points) > 1: draw.line(points, colour, 2)
+        draw.text((left + width, y0 + height + 4), f'step {last:g}', 'black', font, anchor='rt')
+    for i, (colour, name) in enumerate(zip(itertools.cycle(colours), logs)):
+        draw.text((left, y0 + height + gap + 24 * i), name, colour, font, anchor='lt')
     write(path, lambda file: canvas.save(file, 'PNG'))
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -631,67 +639,58 @@ def config(argv):
     parser.error = lambda message: stop(f'{message}; see --help')
     add = parser.add_argument
     add('paths', nargs='+', help='samples: .npz, .zip, a folder of pictures, a run folder (its samples.npz)')
-    add('--ref', default='', help='cifar10, imagenet64, glyphs, or images or statistics by path or URL [by size]')
-    add('--num', type=int, default=0, help='images of each; fewer are an error [50000 for a published --ref, or all]')
-    add('--model', default='', choices=('inception', 'dinov2', 'digits'), help='[inception; digits for 16 x 16 glyphs]')
+    add('--ref', default='', help='cifar10, imagenet64, glyphs [by size], or images or statistics by path or URL')
+    add('--num', type=int, default=0, help='images of each; fewer are an error [published reference: 50000, else all]')
+    add('--model', default='', choices=('inception', 'dinov2', 'digits'), help='[digits for glyphs, else inception]')
     add('--weights', '--inception', default='', help='weight file of the model [in ./datasets, or downloaded there]')
+    add('--resize', default='tf', choices=('tf', 'pytorch-fid', 'clean'), help='convention of inception [tf]')
     add('--mean', action='store_true', help='files of one folder are samples of one model: mean, sd, minimum')
     add('--json', action='store_true', help='print JSON')
     add('--out', default='fid', help='pictures of a comparison: <out>-samples.png, <out>-curves.png from log.csv [fid]')
+    add('--gpus', type=int, default=1, help='processes, one per GPU')
     add('--device', default='auto', choices=('auto', 'cpu'))
-    add('--batch', type=int, default=0, help='images at once [128 a GPU; 8 on the CPU, which is fastest]')
+    add('--batch', type=int, default=0, help='images at once [128 on a GPU, 8 on the CPU, which is fastest]')
     cfg = parser.parse_args(argv)
-    if cfg.num < 0 or cfg.batch < 0: stop('--num and --batch must be positive')
+    if cfg.num < 0 or cfg.batch < 0 or cfg.gpus < 1: stop('--num, --batch and --gpus must be positive')
+    if cfg.gpus > max(1, torch.cuda.device_count()) and cfg.device == 'auto':
+        stop(f'--gpus {cfg.gpus}: this machine has {torch.cuda.device_count()}; --device cpu runs them on the CPU')
     return cfg
 
 
 def main(argv=None):
     cfg = config(argv)
     paths = [str(Path(p, 'samples.npz')) if Path(p, 'latest.pt').exists() else p for p in dict.fromkeys(cfg.paths)]
-    samples = [read_statistics(p, cfg.model) or Images(p) for p in paths]
-    size = next((s.size for s in samples if s.size), [32, 32])
-    name = cfg.ref or {16: 'glyphs', 32: 'cifar10', 64: 'imagenet64'}.get(size[0])
-    if not name: stop(f'the samples are {size[1]} x {size[0]}: name what to compare them with by --ref')
-    cfg.model = cfg.model or ('digits' if name == 'glyphs' and not cfg.weights else 'inception')
-    if cfg.model == 'digits' and size != [16, 16]: stop(f'--model digits is for 16 x 16, not {size[1]} x {size[0]}')
-    ref, published = reference(name, cfg)
-    if ref.n == 1: stop(f'{name} holds one image')
-    num = cfg.num or 50_000 * published
-    for found, path in zip(samples, paths):
-        n = found.n or num
-        if n < max(num, 2): stop(f'{path} holds {n} images, fewer than {max(num, 2)}: make more, or lower --num')
-        if (num or n) < 2048: note(f'{path}: {num or n} images are few: biased upwards, compare equal numbers only')
+    samples = {p: read_statistics(p, cfg.model) or survey(p) for p in paths}
+    ref_name, published, ref = reference(cfg, next((s.size for s in samples.values() if s.size), [32, 32]))
+    named, num = samples | {ref_name: ref}, cfg.num or 50_000 * published
+    sizes = {tuple(s.size): f'{name} {s.size[1]} x {s.size[0]}' for name, s in named.items() if s.size}
+    if len(sizes) > 1: stop(f'these are not of one size: {", ".join(sizes.values())}')
+    few, path = min((num if s.n is None else s.n, path) for path, s in samples.items())
+    if few < num: stop(f'{path} holds {few} images, fewer than {num}: make more, or lower --num')
+    if (num or few) < 2048: note(f'{num or few} images bias the distance upwards: compare equal numbers only')
     net, weights = network(cfg)
-    way = dict(model=cfg.model, resize=RESIZE[cfg.model], weights=weights)
-    for found, path in zip([*samples, ref], [*paths, name]):
-        if found.size not in (None, size): stop(f'{path} is of size {found.size}, the samples are of {size}')
-        if isinstance(found, Images): continue
-        for key in way.keys() & found.meta.keys():
-            if found.meta[key] != way[key]: stop(f'{path} was made with {key} {found.meta[key]}, not {way[key]}')
-        if not found.meta: note(f'{path} does not say how it was made: assumed like this')
-    target = statistics(ref, 0, net, weights, cfg) if isinstance(ref, Images) else ref
+    for name, found in named.items():
+        if found.meta is not None: compatible(found.meta, name, cfg, weights)
+    target = statistics(ref, 0, net, weights, cfg) if ref.meta is None else ref
     models, shown = {}, {}
-    for found, path in zip(samples, paths):
-        model = str(Path(path).parent) if cfg.mean else path
-        if isinstance(found, Images):
-            shown.setdefault(model, found)
+    for path, found in samples.items():
+        name = str(Path(path).parent) if cfg.mean else path.removesuffix('/samples.npz')
+        if found.meta is None:
+            shown.setdefault(name, found)
             found = statistics(found, num, net, weights, cfg)
         for column, value in evaluate(found, target, net, cfg).items():
-            models.setdefault(model, {}).setdefault(column, []).append(value)
-    folders = [Path(model).parent.name for model in models]
-    names = dict(zip(models, folders if len(set(folders)) == len(models) > 1 else models))
-    rows = [dict(model=[names[model]]) | row for model, row in models.items()]
-    about = dict(reference=name, reference_n=target.n) | way
+            models.setdefault(name, dict(model=[name])).setdefault(column, []).append(value)
+    rows = list(models.values())
+    about = dict(reference=ref_name, reference_n=target.n, model=cfg.model, weights=weights, resize=cfg.resize)
     if cfg.json: print(json.dumps(about | dict(models=rows), indent=1))
     else: print(table(rows), ', '.join(f'{k} {v}' for k, v in about.items() if v), sep='\n')
     if len(rows) == 1: return
-    rows = {names[model]: images for model, images in shown.items()}
-    logs = {model: images.path.parent / 'log.csv' for model, images in rows.items()}
-    logs = {model: list(csv.DictReader(log.read_text().splitlines())) for model, log in logs.items() if log.exists()}
-    if isinstance(ref, Images): rows['reference'] = ref
-    if rows: sheet({model: list(i.pick(range(min(16, i.n)))) for model, i in rows.items()}, f'{cfg.out}-samples.png')
+    logs = {name: images.path.parent / 'log.csv' for name, images in shown.items()}
+    logs = {name: list(csv.DictReader(log.read_text().splitlines())) for name, log in logs.items() if log.exists()}
     if logs: curves(logs, f'{cfg.out}-curves.png')
-    note(f'pictures: {cfg.out}-samples.png {cfg.out}-curves.png' if logs else f'picture: {cfg.out}-samples.png')
+    if ref.meta is None: shown['reference'] = ref
+    if shown: sheet(shown, f'{cfg.out}-samples.png')
+    print('pictures:', f'{cfg.out}-samples.png' * bool(shown), f'{cfg.out}-curves.png' * bool(logs), file=sys.stderr)
 
 
 if __name__ == '__main__':

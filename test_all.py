@@ -6,8 +6,8 @@
 Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k slow test_all.py (the default runs).
 Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
 """
-import argparse, ast, contextlib, difflib, importlib, io, itertools, json, math, os, pickle, re, signal, struct, subprocess
-import sys, tarfile, time, zipfile, zlib
+import argparse, ast, contextlib, difflib, hashlib, importlib, io, itertools, json, math, os, pickle, re, signal, struct
+import subprocess, sys, tarfile, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -1706,7 +1706,7 @@ class Small(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.fc = 0, torch.nn.Linear(15, 10)
+        self.calls, self.dim, self.fc = 0, 15, torch.nn.Linear(15, 10)
 
     def forward(self, x):
         self.calls += len(x)
@@ -1744,7 +1744,7 @@ def refuses(capfd, *argv):
     return line
 
 
-def settings(**kw): return argparse.Namespace(**{**dict(model='inception', weights='', device='cpu', batch=0), **kw})
+def settings(**kw): return argparse.Namespace(**{**dict(model='inception', resize='tf', weights='', device='cpu', batch=0, gpus=1), **kw})
 
 
 def tensor(images): return torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -1806,17 +1806,21 @@ def test_inception_agrees_with_pytorch_fids_network_also_folded_and_image_by_ima
 
 
 @pytest.mark.parametrize('n', [16, 32, 64, 299, 512])
-def test_resize_is_that_of_tensorflow_1(n, monkeypatch):
-    """A ramp tells the grid: pixel i of 299 lies at i n / 299."""
-    seen, net = [], fid.Inception()
-    net.Conv2d_1a_3x3.register_forward_pre_hook(lambda layer, x: seen.append(x[0]))
+def test_resizes_are_those_of_their_namesakes(n):
+    """A ramp tells the grid: TensorFlow 1 samples at i n / 299, PyTorch at (i + 1/2) n / 299 - 1/2; clean-fid's is
+    Pillow's bicubic."""
     ramp = torch.arange(n).clamp(max=255).to(torch.uint8).expand(1, 3, n, n)
-    net(ramp), net(ramp.mT)
-    expected = np.minimum(np.arange(299) * n / 299, n - 1).clip(max=255)
-    for x, axis in zip(seen, (3, 2)):
-        assert x.shape == (1, 3, 299, 299)
-        got = x.movedim(axis, 3)[0, 1, 7].detach().double().numpy() * 128 + 128
-        np.testing.assert_allclose(got, expected, atol=0.02 if n > 256 else 2e-3)
+    i, top = np.arange(299), min(n - 1, 255)
+    tensorflow = np.minimum(i * n / 299, n - 1).clip(max=top)
+    pytorch = ((i + 0.5) * n / 299 - 0.5).clip(0, n - 1).clip(max=top)
+    for way, expected, scale in (('tf', tensorflow, 128), ('pytorch-fid', pytorch, 127.5)):
+        for x, axis in ((ramp, 3), (ramp.mT, 2)):
+            got = fid.Inception(way).input(x).movedim(axis, 3)[0, 1, 7].double().numpy() * scale + scale
+            np.testing.assert_allclose(got, expected, atol=0.02 if n > 256 else 2e-3)
+    noise = np.random.default_rng(n).integers(0, 256, (n, n), dtype=np.uint8)
+    clean = np.asarray(Image.fromarray(noise.astype(np.float32)).resize((299, 299), Image.BICUBIC)).clip(0, 255)
+    got = fid.Inception('clean').input(torch.from_numpy(noise).expand(1, 3, n, n))[0, 2] * 128 + 128
+    np.testing.assert_allclose(got, clean, atol=5e-3)
 
 
 # ---- the distance
@@ -2029,22 +2033,24 @@ def test_every_format_holds_the_same_images_and_gives_the_same_statistics(small,
     for form in make_data(Path(), images, labels): assert torch.equal(fid.load_images(form), tensor(images)), form
 
 
-def test_grey_and_palette_pictures_are_read(tmp_path):
+def test_grey_and_palette_pictures_are_read_and_grey_is_said(tmp_path, capfd):
     colour = Image.fromarray(pictures(1, 16)[0])
     colour.quantize(16).save(tmp_path / '0.png')
     colour.convert('L').save(tmp_path / '1.png')
     palette, grey = fid.load_images(tmp_path).permute(0, 2, 3, 1).numpy()
     assert (palette == np.asarray(colour.quantize(16).convert('RGB'))).all()
     assert (grey == np.asarray(colour.convert('L'))[..., None]).all()
+    fid.survey(tmp_path)
+    assert '1 grey pictures' in capfd.readouterr().err
 
 
-def test_statistics_are_those_of_numpy_whatever_the_batch(small):
+def test_statistics_are_those_of_numpy_whatever_the_batch_and_the_processes(small):
     images = pictures(2300, 8)
     arrays(a=images)
     features = small(tensor(images))[0].double().numpy()
-    for batch in (3, 64, 2300):
-        found = fid.statistics(fid.Images('a.npz'), 0, small, 'w', settings(batch=batch))
-        os.remove('a.npz.inception.fid')
+    for batch, gpus in ((3, 1), (64, 1), (2300, 1), (64, 2)):
+        found = fid.statistics(fid.survey('a.npz'), 0, small, 'w', settings(batch=batch, gpus=gpus))
+        os.remove('a.npz.inception-tf.fid')
         np.testing.assert_allclose(found.mu, features.mean(0), rtol=0, atol=1e-7)
         np.testing.assert_allclose(found.sigma, np.cov(features.T), rtol=0, atol=1e-7)
         np.testing.assert_allclose(found.features, features, rtol=0, atol=1e-6)
@@ -2060,14 +2066,16 @@ def test_results_are_kept_by_content_not_by_name(small, tmp_path, capfd):
     arrays(ref=pictures(40, 8, 3))                                              # the same name, size and length
     other, _ = score(capfd, 's.npz', '--ref', 'ref.npz', '--num', 20)
     assert small.calls == 140 and other['models'][0]['FID'] != first['models'][0]['FID']
-    assert sorted(p.name for p in tmp_path.glob('*.fid')) == ['ref.npz.inception.fid', 's.npz.inception.fid']
-    meta = json.loads(str(np.load('s.npz.inception.fid')['meta']))
+    score(capfd, 's.npz', '--ref', 'ref.npz', '--num', 20, '--resize', 'clean')
+    assert small.calls == 200 and sorted(p.name for p in tmp_path.glob('*.fid')) == [
+        'ref.npz.inception-clean.fid', 'ref.npz.inception-tf.fid', 's.npz.inception-clean.fid', 's.npz.inception-tf.fid']
+    meta = json.loads(str(np.load('s.npz.inception-tf.fid')['meta']))
     for key, value in dict(weights='6726825d', n=20, of=40, resize='tf', source='s.npz').items(): assert meta[key] == value
 
 
 def test_statistics_files_are_exchanged_with_edm_adm_and_edm2(small, capfd):
     direct = score(capfd, 's.npz', '--ref', 'ref.npz')[0]['models'][0]
-    ours = dict(np.load('ref.npz.inception.fid'))                               # as EDM reads a reference
+    ours = dict(np.load('ref.npz.inception-tf.fid'))                               # as EDM reads a reference
     mu, sigma = ours['mu'], ours['sigma']
     assert mu.dtype == sigma.dtype == np.float64
     np.savez('edm.npz', mu=mu, sigma=sigma)
@@ -2076,26 +2084,28 @@ def test_statistics_files_are_exchanged_with_edm_adm_and_edm2(small, capfd):
         content = dict(num_images=np.int64(40), fid=dict(mu=mu, sigma=sigma), fd_dinov2=dict(mu=2 * mu, sigma=sigma))
         Path(f'edm2-{protocol}.pkl').write_bytes(pickle.dumps(content, protocol))
     assert (fid.read_statistics('edm2-4.pkl', 'dinov2').mu == 2 * mu).all()
-    for name in ('edm.npz', 'adm.npz', 'edm2-2.pkl', 'edm2-4.pkl', 'edm2-5.pkl', 'ref.npz.inception.fid'):
+    for name in ('edm.npz', 'adm.npz', 'edm2-2.pkl', 'edm2-4.pkl', 'edm2-5.pkl', 'ref.npz.inception-tf.fid'):
         result, err = score(capfd, 's.npz', '--ref', name, '--num', 40)
         (row,), foreign = result['models'], name[-3:] != 'fid'
         assert row['FID'] == direct['FID'] and row['IS'] == direct['IS'], name
         assert ('does not say how it was made' in err) == foreign and (row['KID x1000'] == [None]) == foreign
     assert 'holds 40 images, fewer than 50000' in refuses(capfd, 's.npz', '--ref', 'edm.npz')
-    result, _ = score(capfd, 'ref.npz.inception.fid', '--ref', 'ref.npz')       # samples may be statistics too
+    result, _ = score(capfd, 'ref.npz.inception-tf.fid', '--ref', 'ref.npz')       # samples may be statistics too
     assert abs(result['models'][0]['FID'][0]) < 1e-9
 
 
 def test_statistics_made_in_another_way_are_refused(small, capfd, monkeypatch):
     score(capfd, 's.npz', '--ref', 'ref.npz')
-    ours = 'ref.npz.inception.fid'
-    assert f'{ours} was made with ' in refuses(capfd, 's.npz', '--ref', ours, '--model', 'dinov2')
+    ours = 'ref.npz.inception-tf.fid'
+    assert f'{ours} was made with resize tf, not clean' in refuses(capfd, 's.npz', '--ref', ours, '--resize', 'clean')
+    assert f'{ours} was made with model inception, not dinov2' in refuses(capfd, 's.npz', '--ref', ours, '--model', 'dinov2')
     found = np.load(ours)
     for way, resize in (('clean', 'clean'), ('legacy_pytorch', 'pytorch-fid'), ('legacy_tensorflow', 'tf')):
-        name = f'my_{way}_train_32.npz'
-        np.savez(name, mu=found['mu'], sigma=found['sigma'])
-        if way == 'legacy_tensorflow': score(capfd, 's.npz', '--num', 40, '--ref', name)
-        else: assert f'was made with resize {resize}, not tf' in refuses(capfd, 's.npz', '--num', 40, '--ref', name)
+        argv = ['s.npz', '--num', 40, '--ref', f'my_{way}_train_32.npz', '--resize']
+        np.savez(argv[-2], mu=found['mu'], sigma=found['sigma'])
+        other = 'pytorch-fid' if resize == 'tf' else 'tf'
+        assert f'was made with resize {resize}, not {other}' in refuses(capfd, *argv, other)
+        score(capfd, *argv, resize)
     np.savez('edm.npz', mu=found['mu'][:9], sigma=found['sigma'][:9, :9])
     assert 'not of one network' in refuses(capfd, 's.npz', '--ref', 'edm.npz', '--num', 40)
     monkeypatch.setattr(fid, 'network', lambda cfg: (small, 'other'))
@@ -2132,7 +2142,7 @@ def bad_inputs():
         + chunk(b'IDAT', zlib.compress((b'\0' + bytes(8 * 6)) * 8)) + chunk(b'IEND', b''))
     Path('empty').mkdir()
     arrays(float=good / 255, int=good.astype(np.int64), object=np.array([{}, []], object), flat=good.reshape(6, -1),
-           first=good.transpose(0, 3, 1, 2), none=good[:0], cut=noise, one=good[:1], other=pictures(6, 16))
+           first=good.transpose(0, 3, 1, 2), fortran=np.asfortranarray(good), none=good[:0], cut=noise, one=good[:1], other=pictures(6, 16))
     Path('cut.npz').write_bytes(Path('cut.npz').read_bytes()[:4000])
     np.savez('names.npz', a=good, b=good)
     np.savez('mu.npz', mu=np.zeros(4), sigma=np.zeros((3, 3)))
@@ -2142,21 +2152,26 @@ def bad_inputs():
 
 
 @pytest.mark.parametrize('argv, message', [
-    ('rgba', 'rgba/1.png cannot be read: ValueError it is RGBA'), ('la', 'la/1.png cannot be read: ValueError it is LA'),
-    ('tp', 'tp/1.png cannot be read: ValueError it is P with alpha'), ('deep', 'deep/1.png cannot be read: ValueError it is I;16'),
-    ('deeprgb', 'deeprgb/1.png cannot be read: ValueError it is RGB of 16 bits'), ('cmyk', 'it is CMYK'), ('floatf', 'it is F:'),
-    ('mixed', 'mixed/1.png cannot be read: ValueError it is 9 x 8, unlike the first, 0.png'), ('empty', 'it holds no pictures'),
-    ('text', 'text/1.png cannot be read'), ('cut', 'cut/1.png cannot be read'), ('float.npz', 'it holds float64 (6, 8, 8, 3), not uint8'),
-    ('int.npz', 'it holds int64'), ('object.npz', 'object.npz cannot be read'), ('flat.npz', 'flat.npz cannot be read'),
-    ('first.npz', 'it holds uint8 (6, 3, 8, 8)'), ('none.npz', 'it holds uint8 (0, 8, 8, 3)'), ('names.npz', 'names.npz cannot be read'),
-    ('cut.npz', 'cut.npz cannot be read'), ('mu.npz', 'it holds mu (4,), sigma (3, 3)'), ('nanmu.npz', 'not finite statistics'),
-    ('text.zip', 'text.zip cannot be read: BadZipFile'), ('readme.md', 'images are a folder or .zip of pictures'),
-    ('nowhere.npz', 'nowhere.npz cannot be read: FileNotFoundError'), ('ref.npz --num 50', 'ref.npz holds 40 images, fewer than 50'),
-    ('one.npz', 'one.npz holds 1 images, fewer than 2'), ('ref.npz --ref one.npz', 'one.npz holds one image'),
-    ('ref.npz --batch -1', 'must be positive'), ('other.npz', 'ref.npz is of size [8, 8], the samples are of [16, 16]'),
-    ('ref.npz --model big', 'invalid choice'), ('ref.npz --ref', 'expected one argument'),
-    ('ref.npz --model digits', '--model digits is for 16 x 16, not 8 x 8'),
-    ('ref.npz --weights nowhere.pth', 'nowhere.pth cannot be read'), ('ref.npz --weights readme.md', 'its sha256 is not 6726825d0af5f729ceb'),
+    ('rgba', 'rgba/1.png is a RGBA picture with alpha'), ('la', 'la/1.png is a LA picture with alpha'),
+    ('tp', 'tp/1.png is a P picture with alpha'), ('deep', 'deep/1.png is a I;16 picture'),
+    ('deeprgb', 'deeprgb/1.png is a RGB picture of 16 bits'), ('cmyk', 'cmyk/1.jpg is a CMYK picture'),
+    ('floatf', 'floatf/1.tif is a F picture'), ('mixed', 'mixed/1.png is of size (9, 8), those before it (8, 8)'),
+    ('empty', 'it holds no pictures'), ('text', 'text/1.png cannot be read'), ('cut', 'cut/1.png cannot be read'),
+    ('float.npz', 'float.npz holds float64 (6, 8, 8, 3), not uint8'), ('int.npz', 'int.npz holds int64'),
+    ('object.npz', 'object.npz holds object (2,)'), ('flat.npz', 'flat.npz holds uint8 (6, 192)'),
+    ('first.npz', 'first.npz holds uint8 (6, 3, 8, 8)'), ('fortran.npz', 'in Fortran order'),
+    ('none.npz', 'none.npz holds 0 images: two are the least'), ('names.npz', 'names.npz cannot be read'),
+    ('cut.npz', 'cut.npz cannot be read'), ('mu.npz', 'mu.npz holds mu (4,), sigma (3, 3)'),
+    ('nanmu.npz', 'nanmu.npz holds mu (15,)'), ('text.zip', 'text.zip cannot be read: BadZipFile'),
+    ('readme.md', 'images are an .npz, a folder or .zip of pictures'), ('nowhere.npz', 'there is no nowhere.npz'),
+    ('ref.npz --num 50', 'ref.npz holds 40 images, fewer than 50'),
+    ('one.npz', 'one.npz holds 1 images: two are the least'), ('ref.npz --ref one.npz', 'one.npz holds 1 images'),
+    ('ref.npz --batch -1', 'must be positive'), ('ref.npz --gpus 9', 'this machine has'),
+    ('other.npz', 'these are not of one size: other.npz 16 x 16, ref.npz 8 x 8'),
+    ('ref.npz --model big', 'invalid choice'), ('ref.npz --resize big', 'invalid choice'),
+    ('ref.npz --ref', 'expected one argument'), ('ref.npz --model digits', '--model digits is for images of 16 x 16'),
+    ('ref.npz --weights nowhere.pth', 'nowhere.pth cannot be read'),
+    ('ref.npz --weights readme.md', 'readme.md has not the sha256 6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1'),
 ])
 def test_bad_input_of_fid_is_one_line(argv, message, small, monkeypatch, tmp_path, capfd):
     bad_inputs()
@@ -2180,11 +2195,14 @@ def test_statistics_pickles_run_nothing(tmp_path, capfd):
     assert not (tmp_path / 'owned').exists()
 
 
-def test_duplicates_and_few_images_are_said(small, capfd):
+def test_duplicates_jpeg_and_few_images_are_said(small, capfd):
     arrays(twice=np.concatenate([pictures(20, 8, 2)] * 2))
     _, err = score(capfd, 'twice.npz', '--ref', 'ref.npz')
-    assert 'twice.npz: 20 of 40 images are duplicates' in err and 'twice.npz: 40 images are few' in err
+    assert 'twice.npz: 20 of 40 images are duplicates' in err and '40 images bias the distance upwards' in err
     assert 'ref.npz: ' not in err.replace('ref.npz: 40 of 40', '')
+    Path('j').mkdir()
+    for i, a in enumerate(pictures(5, 8)): Image.fromarray(a).save(f'j/{i}.jpg')
+    assert 'j holds 5 JPEG' in score(capfd, 'j', '--ref', 'ref.npz')[1]
 
 
 def test_a_subset_is_edms(small):
@@ -2192,7 +2210,7 @@ def test_a_subset_is_edms(small):
     images, order = pictures(50, 8), np.arange(50)
     arrays(a=images)
     np.random.RandomState(0).shuffle(order)
-    found = fid.statistics(fid.Images('a.npz'), 20, small, 'w', settings())
+    found = fid.statistics(fid.survey('a.npz'), 20, small, 'w', settings())
     np.testing.assert_allclose(found.features, small(tensor(images[np.sort(order[:20])]))[0], atol=1e-6)
 
 
@@ -2214,7 +2232,7 @@ def test_weights_are_checked_and_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = fid.Inception()
     torch.save(net.state_dict(), 'w.pth')
-    url, digest = fid.WEIGHTS['inception'][0], fid.sha256_of(['w.pth'])
+    url, digest = fid.WEIGHTS['inception'][0], hashlib.sha256(Path('w.pth').read_bytes()).hexdigest()
     monkeypatch.setitem(fid.WEIGHTS, 'inception', (url, digest))
     for weights in ('w.pth', ''):
         loaded, label = fid.network(settings(weights=weights))
@@ -2229,7 +2247,7 @@ def test_the_reference_follows_from_the_size_of_the_samples(small, capfd, monkey
     arrays(s=pictures(40, 16))
     result, _ = score(capfd, 's.npz', '--model', 'inception')
     assert result['reference'] == 'glyphs' and result['reference_n'] == 60
-    assert Path('datasets/glyphs.npz.inception.fid').exists()
+    assert Path('datasets/glyphs.npz.inception-tf.fid').exists()
     np.savez('datasets/cifar10-32x32.npz', mu=np.zeros(15), sigma=np.eye(15))
     arrays(s=pictures(40, 32))
     assert 's.npz holds 40 images, fewer than 50000' in refuses(capfd, 's.npz')
@@ -2261,7 +2279,7 @@ def test_a_comparison_of_runs_leaves_table_contact_sheet_and_curves(small, capfd
         (run_at / 'log.csv').write_text('step,phase,loss,grad_norm,lr,images_per_second,skipped\n' + ''.join(rows))
     fid.main('runs/ect runs/tcm/samples.npz --ref ref.npz'.split())             # a run folder stands for its samples
     out = capfd.readouterr().out.splitlines()
-    assert [line.split()[0] for line in out[:3]] == ['model', 'ect', 'tcm'] and out[1].count('*') + out[2].count('*') >= 4
+    assert [line.split()[0] for line in out[:3]] == ['model', 'runs/ect', 'runs/tcm'] and out[1].count('*') + out[2].count('*') >= 4
     for part in ('reference ref.npz', 'weights 6726825d', 'resize tf', 'reference_n 40'): assert part in out[3]
     picture = np.asarray(Image.open('fid-samples.png'))
     first = pictures(40, 8, 1)[0].repeat(6, 0).repeat(6, 1)                     # second row, first image, enlarged
@@ -2284,7 +2302,7 @@ def test_fid_runs_as_a_user_starts_it(inception, tmp_path, monkeypatch):
     """Its own process, Inception's weights by name, the figures those of the definition."""
     torch.manual_seed(1)
     torch.save(fid.Inception().state_dict(), tmp_path / 'w.pth')
-    digest = fid.sha256_of([tmp_path / 'w.pth'])
+    digest = hashlib.sha256((tmp_path / 'w.pth').read_bytes()).hexdigest()
     code = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import fid
 fid.WEIGHTS['inception'] = 'http://127.0.0.1/w.pth', {digest!r}
 fid.main(sys.argv[1:])"""
@@ -2299,7 +2317,7 @@ fid.main(sys.argv[1:])"""
     net.load_state_dict(torch.load('w.pth', weights_only=True))
     features = [net(tensor(pictures(n, 16, s)))[0].numpy() for n, s in ((8, 1), (6, 2))]
     for name, expected in zip('ab', features):
-        np.testing.assert_allclose(np.load(f'{name}.npz.inception.fid')['features'], expected, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(np.load(f'{name}.npz.inception-tf.fid')['features'], expected, rtol=1e-3, atol=1e-5)
     assert float(lines[1].split()[1]) == pytest.approx(singular_value_distance(*features), rel=1e-2, abs=2e-3)
 
 
