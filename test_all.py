@@ -169,12 +169,21 @@ def test_every_knob_is_used_and_explained(name, capsys):
         assert len(columns) in (1, 3) and isinstance(meaning, str) and meaning, knob
 
 
-def test_what_a_reader_sees_side_by_side():
+def test_what_a_reader_sees_side_by_side_is_what_the_readme_says():
+    readme = (HERE / 'README.md').read_text()
     for a, b in (('ct', 'ict'), ('ict', 'ect'), ('ect', 'sct'), ('ect', 'scm'), ('ect', 'tcm')):
         diff = list(difflib.unified_diff(*((HERE / f'{n}.py').read_text().splitlines() for n in (a, b)), n=0))
         changed = sum(line[0] in '+-' for line in diff) - 2
-        print(f'{a}.py -> {b}.py: {changed} changed lines')
-        assert 0 < changed < {'ict': 270, 'scm': 320}.get(b, 250)      # ct.py alone has LPIPS and edits; scm.py a network
+        assert f'{a} to {b} {changed}' in readme.replace('\n', ' '), f'{a} to {b}: {changed} changed lines'
+    lines = (HERE / 'ect.py').read_text().splitlines()
+    parts = [(int(a), int(b), text) for a, b, text in re.findall(r'^(?:ect.py)? +(\d+)-(\d+) +(.*)', readme, re.M)]
+    assert parts[0][0] == 1 and parts[-1][1] == len(lines) and all(a[1] + 1 == b[0] for a, b in zip(parts, parts[1:]))
+    for (first, _, text), banner in zip(parts[1:], ('method', 'recipe', 'From here on', "EDM's checkpoints")):
+        assert banner in lines[first - 1] and lines[first - 1].startswith('# ')
+    for name in METHODS:                # the method is on the first screens
+        source = (HERE / f'{name}.py').read_text().splitlines()
+        assert next(i for i, line in enumerate(source, 1) if line.startswith('def f(')) < 70
+        assert max(map(len, source)) <= 120
 
 
 # -------------------------------------------------------------------------------------------------- identities
