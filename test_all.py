@@ -6,8 +6,8 @@
 Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k slow test_all.py (the default runs).
 Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
 """
-import argparse, ast, contextlib, difflib, hashlib, importlib, io, itertools, json, math, os, pickle, re, signal, struct
-import subprocess, sys, tarfile, time, zipfile, zlib
+import argparse, ast, contextlib, difflib, hashlib, importlib, io, itertools, json, math, os, pickle, re, shutil, signal
+import struct, subprocess, sys, tarfile, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -169,11 +169,12 @@ def test_every_knob_is_used_and_explained(name, capsys):
         assert len(columns) in (1, 3) and isinstance(meaning, str) and meaning, knob
 
 
+@pytest.mark.skipif(not shutil.which('diff'), reason='needs diff')
 def test_what_a_reader_sees_side_by_side_is_what_the_readme_says():
     readme = (HERE / 'README.md').read_text()
     for a, b in (('ct', 'ict'), ('ict', 'ect'), ('ect', 'sct'), ('ect', 'scm'), ('ect', 'tcm')):
-        diff = list(difflib.unified_diff(*((HERE / f'{n}.py').read_text().splitlines() for n in (a, b)), n=0))
-        changed = sum(line[0] in '+-' for line in diff) - 2
+        diff = subprocess.run(['diff', '-U0', HERE / f'{a}.py', HERE / f'{b}.py'], capture_output=True, text=True).stdout
+        changed = sum(line[0] in '+-' for line in diff.splitlines()) - 2
         assert f'{a} to {b} {changed}' in readme.replace('\n', ' '), f'{a} to {b}: {changed} changed lines'
     lines = (HERE / 'ect.py').read_text().splitlines()
     parts = [(int(a), int(b), text) for a, b, text in re.findall(r'^(?:ect.py)? +(\d+)-(\d+) +(.*)', readme, re.M)]
