@@ -369,7 +369,7 @@ def pictures(path):
         return range(len(rows)), lambda i: Image.fromarray(planes[i].transpose(1, 2, 0)), rows[:, 0]
     kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
     archive = None if path.is_dir() else zipfile.ZipFile(path)
-    files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*')]
+    files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()]
     content = archive.read if archive else lambda name: (path / name).read_bytes()
     names = sorted(n for n in files if Path(n).suffix.lower() in kinds and Path(n).name[0] != '.')
     if not names: raise ValueError(f'it holds no pictures ({" ".join(kinds)})')

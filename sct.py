@@ -403,7 +403,7 @@ def pictures(path):
         return range(len(rows)), lambda i: Image.fromarray(planes[i].transpose(1, 2, 0)), rows[:, 0]
     kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
     archive = None if path.is_dir() else zipfile.ZipFile(path)
-    files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*')]
+    files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()]
     content = archive.read if archive else lambda name: (path / name).read_bytes()
     names = sorted(n for n in files if Path(n).suffix.lower() in kinds and Path(n).name[0] != '.')
     if not names: raise ValueError(f'it holds no pictures ({" ".join(kinds)})')
@@ -446,8 +446,9 @@ def load_data(cfg):
         for i, name in enumerate(names):
             with reading(f'{path}/{name}'):
                 image = picture(name)
-                if image.mode not in ('RGB', '1', 'L', 'P', 'LA', 'PA', 'RGBA'):
-                    raise ValueError(f'a {image.mode} picture: convert it to 8-bit RGB')
+                deep = ';16' in str(getattr(image, 'tile', ''))
+                if deep or image.mode not in ('RGB', '1', 'L', 'P', 'LA', 'PA', 'RGBA'):
+                    raise ValueError(f'a {image.mode} picture{" of 16 bits" * deep}: convert it to 8-bit RGB')
                 if image.mode != 'RGB':
                     image = image.convert('RGBA')
                     image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
@@ -456,7 +457,10 @@ def load_data(cfg):
                 images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if cropped and os.environ.get('RANK', '0') == '0':
             print(f'{path}: {cropped} of {len(names)} pictures cropped and resized to side {cfg.res}')
-        if labels is not None: labels = torch.from_numpy(labels.astype(np.int64))
+        if labels is not None:
+            if labels.dtype.kind not in 'iu' or not 0 <= labels.min() <= labels.max() < 100_000:
+                stop(f'{path}: its labels must be whole numbers from 0 to 99,999')
+            labels = torch.from_numpy(labels.astype(np.int64))
     if cfg.cond and labels is None: stop(f'{path} has no labels in a dataset.json: use --cond 0')
     return images, labels if cfg.cond else None
 
@@ -481,7 +485,7 @@ def read_checkpoint(out):
     """The run's checkpoint, this script's, or None: a dict of method, step, config, loss, ema, opt, scaler."""
     path = Path(out, 'latest.pt')
     if not path.exists(): return None
-    with reading(path):
+    with reading(path, ': move it away, or give another --out'):
         saved = torch.load(path, map_location='cpu', weights_only=True)
         if saved['method'] != METHOD: stop(f'{out} is a run of {saved["method"]}.py: give another --out')
     return saved
@@ -820,6 +824,9 @@ def process(local, cfg):
         if world > 1 and not local: dist.barrier()
         (write_samples if cfg.sample else train)(cfg, data, rank, world, device)
     except (FloatingPointError, OSError) as error: stop(f'{error}. What was saved in {cfg.out} is whole', 1)
+    except RuntimeError:
+        if rank: time.sleep(10)         # should the first process have failed, it is the one to say so
+        raise
     finally:
         if world > 1: dist.destroy_process_group()
 
@@ -827,8 +834,8 @@ def process(local, cfg):
 def main(argv=None):
     cfg = config(argv)
     if cfg.gpus == 1 or 'LOCAL_RANK' in os.environ: return process(int(os.environ.get('LOCAL_RANK', 0)), cfg)
-    if cfg.device == 'auto' and torch.cuda.device_count() < cfg.gpus:
-        stop(f'--gpus {cfg.gpus}: this machine has {torch.cuda.device_count()}; --device cpu runs them on the CPU')
+    most = torch.cuda.device_count() if cfg.device == 'auto' else max(2, os.cpu_count())
+    if cfg.gpus > most: stop(f'--gpus {cfg.gpus}: this machine has {most}; --device cpu runs processes on its cores')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))

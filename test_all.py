@@ -64,6 +64,14 @@ def zipped(path, images, labels=None):
     return path
 
 
+def deep_rgb():
+    """A PNG of 8 x 8 with 16 bits a channel, which Pillow would read as 8 bits"""
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0))
+            + chunk(b'IDAT', zlib.compress((b'\0' + bytes(8 * 6)) * 8)) + chunk(b'IEND', b''))
+
+
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
 
@@ -1352,6 +1360,11 @@ def test_pictures_of_other_modes_and_sizes(tmp_path, capfd):
     assert 'd.png cannot be read: ValueError a I;16 picture' in fails(capfd, 2, 'ect', '--data', tmp_path, '--out', tmp_path / 'run')
     (tmp_path / 'd.png').write_bytes(b'no picture')
     assert 'd.png cannot be read' in fails(capfd, 2, 'ect', '--data', tmp_path, '--out', tmp_path / 'run')
+    (tmp_path / 'd.png').write_bytes(deep_rgb())
+    assert 'd.png cannot be read: ValueError a RGB picture of 16 bits' in fails(capfd, 2, 'ect', '--data', tmp_path, '--out', tmp_path / 'run')
+    (tmp_path / 'd.png').unlink()
+    if hasattr(os, 'mkfifo'): os.mkfifo(tmp_path / 'd.png')                    # would block who opens it
+    assert len(ect.load_data(config('ect', '--data', tmp_path))[0]) == 2
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -1536,7 +1549,8 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
     ('--ts 80,x', 'invalid numbers value'), ('--nfe 3', '--nfe 3 needs'), ('--res 18', 'cannot be halved'),
     ('--sample 4', 'no checkpoint'), ('--dropout 1', '--dropout cannot be 1.0: dropout rate in [0, 1)'),
     ('--lr nan', '--lr cannot be nan'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
-    ('--label 3', 'no such class'), ('--gpus 64', 'this machine has'), ('--data {here}/README.md', 'folder, .zip or .tar.gz'),
+    ('--label 3', 'no such class'), ('--gpus 64', 'this machine has'),
+    ('--gpus 999 --device cpu', 'this machine has'), ('--data {here}/README.md', 'folder, .zip or .tar.gz'),
     ('--data {tmp}', 'it holds no pictures'), ('--data {data} --cond 1 --init {tmp}/x.pt', 'x.pt cannot be read'),
     ('--init {here}/test_all.py', 'test_all.py cannot be read'), ('--init {here}/README.md.pkl', 'README.md.pkl cannot be read'),
     ('--data {tmp}/broken.zip', 'broken.zip cannot be read: BadZipFile'), ('--data {tmp}/unlabelled.zip --cond 1', 'has no labels'),
@@ -1552,6 +1566,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path,
     argv = argv.format(here=HERE, tmp=folder, data=data).split()
     line = fails(capfd, 2, 'ect', '--out', tmp_path / 'run', *argv)
     assert message in line and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('labels', [[-1, 0], [0.5, 1], [None, 1], ['a', 'b'], [10**9, 0], [1]])
+def test_labels_that_are_no_classes_are_refused(labels, tmp_path, capfd):
+    zipped(tmp_path / 'x.zip', pictures(2))
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'a') as archive:
+        names = [name for name in archive.namelist() if name.startswith('0')]
+        archive.writestr('dataset.json', json.dumps(dict(labels=list(zip(names, labels)))))
+    line = fails(capfd, 2, 'ect', '--data', tmp_path / 'x.zip', '--cond', 1, '--out', tmp_path / 'run')
+    assert 'its labels must be whole numbers' in line or len(labels) == 1 and 'x.zip cannot be read' in line
 
 
 def test_flags_that_do_not_fit_the_checkpoint(data, tmp_path, capfd):
@@ -2146,10 +2170,7 @@ def bad_inputs():
     save('text', rgb)
     Path('text/1.png').write_bytes(b'no picture')
     save('deeprgb', rgb)
-    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    Path('deeprgb/1.png').write_bytes(
-        b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0))
-        + chunk(b'IDAT', zlib.compress((b'\0' + bytes(8 * 6)) * 8)) + chunk(b'IEND', b''))
+    Path('deeprgb/1.png').write_bytes(deep_rgb())
     Path('empty').mkdir()
     arrays(float=good / 255, int=good.astype(np.int64), object=np.array([{}, []], object), flat=good.reshape(6, -1),
            first=good.transpose(0, 3, 1, 2), fortran=np.asfortranarray(good), none=good[:0], cut=noise, one=good[:1], other=pictures(6, 16))
