@@ -300,7 +300,7 @@ def fetch(url, sha256=None):
     """Path of the file at url in ./datasets, downloaded if it is not there; its sha256 is checked always."""
     path = Path('datasets', url.rsplit('/', 1)[1])
     if not path.exists():
-        print(f'fetching {url} to {path}', flush=True)
+        print(f'fetching {url} to {path}', file=sys.stderr, flush=True)
         with reading(url, f': put it at {path}'):
             path.parent.mkdir(exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
@@ -676,7 +676,7 @@ def main(argv=None):
         if found.meta is None:
             shown.setdefault(name, found)
             found = statistics(found, num, net, weights, cfg)
-        for column, value in evaluate(found, target, net, cfg).items():
+        for column, value in evaluate(found, target, net.cpu(), cfg).items():
             models.setdefault(name, dict(model=[name])).setdefault(column, []).append(value)
     rows = list(models.values())
     about = dict(reference=ref_name, reference_n=target.n, model=cfg.model, weights=weights, resize=cfg.resize)

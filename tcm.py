@@ -331,7 +331,7 @@ def fetch(url, sha256=None):
     """Path of the file at url in ./datasets, downloaded if it is not there; its sha256 is checked always."""
     path = Path('datasets', url.rsplit('/', 1)[1])
     if not path.exists():
-        print(f'fetching {url} to {path}', flush=True)
+        print(f'fetching {url} to {path}', file=sys.stderr, flush=True)
         with reading(url, f': put it at {path}'):
             path.parent.mkdir(exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())

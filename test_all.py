@@ -101,7 +101,7 @@ def go(name, *argv):
 def fails(capfd, code, name, *argv):
     """The script's main ends with the exit code and one line on stderr, which is returned."""
     with pytest.raises(SystemExit) as end: MODULES[name].main(list(map(str, argv)))
-    lines = capfd.readouterr().err.strip().splitlines()
+    lines = [line for line in capfd.readouterr().err.strip().splitlines() if not line.startswith('fetching ')]
     assert end.value.code == code and len(lines) == 1, (end.value.code, lines)
     return lines[0]
 
