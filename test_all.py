@@ -308,6 +308,15 @@ def test_stages_of_tcm_follow_each_other():
     assert abs(decay - .982181667) < 1e-8                                       # power-function EMA at step 1000
 
 
+def test_stage_2_of_tcm_starts_from_the_averages_of_stage_1_and_keeps_them_frozen(data, tmp_path):
+    argv = ['--data', data, *TINY, *PHASES['tcm'], '--ema', 0.5, '--out', tmp_path]
+    average = go('tcm', *argv, '--steps', 6)['ema']         # warm-up 3, stage 1 3
+    saved = go('tcm', *argv, '--steps', 8)['loss']
+    assert_same({k[8:]: v for k, v in saved.items() if k[:8] == 'teacher.'}, average, rtol=0, atol=0)
+    assert all((saved[f'net.{k}'] - average[k]).abs().max() < 0.02 for k in average)    # two steps of lr 1e-3 away
+    assert any((saved[f'net.{k}'] != average[k]).any() for k in average)
+
+
 def test_learning_rate_anneals_to_zero_in_each_stage():
     for name in ('ect', 'tcm'):
         cfg = config(name, '--anneal', 1, '--warmup', 10, '--steps', 110, '--lr', 2e-3,
@@ -1405,6 +1414,21 @@ def test_the_loss_falls_on_a_fixed_batch(name):
 
 
 @every_method
+def test_a_step_sees_the_images_labels_and_flips_that_were_drawn(name, data, tmp_path, monkeypatch):
+    module, seen = MODULES[name], []
+    forward = module.Loss.forward
+    monkeypatch.setattr(module.Loss, 'forward', lambda self, *args: seen.append(args) or forward(self, *args))
+    saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 2, '--flip', 1, '--cond', 1, '--out', tmp_path)
+    cfg = argparse.Namespace(**saved['config'])
+    for x, labels, u, z, step in seen:
+        index, u_drawn, flips, z_drawn = module.draw(cfg, 40, 8, step, 'cpu')
+        images = torch.from_numpy(pictures()[index]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        assert torch.equal(x, torch.stack([image.flip(2) if flip else image for image, flip in zip(images, flips)]))
+        assert labels.tolist() == (index % 4).tolist() and torch.equal(u, u_drawn) and torch.equal(z, z_drawn)
+    assert len(seen) == 2 and 0 < flips.sum() < 8
+
+
+@every_method
 def test_stop_and_resume_is_bitwise_the_same_run(name, data, tmp_path, monkeypatch):
     argv = ['--data', data, *TINY, *PHASES[name], '--dropout', 0.3]
     whole, report = go(name, *argv, '--steps', 9, '--out', tmp_path / 'whole'), MODULES[name].report
@@ -1538,8 +1562,29 @@ def test_a_failed_write_leaves_the_old_file(name, tmp_path, capfd):
     def full_disk(file):
         file.write(b'half of the new one')
         raise OSError(28, 'No space left on device')
-    with pytest.raises(OSError): MODULES[name].write(path, full_disk)
+    def as_torch_puts_it(file):
+        try: full_disk(file)
+        finally: raise RuntimeError('unexpected pos')
+    for writer in (full_disk, as_torch_puts_it):
+        with pytest.raises(OSError, match='No space left'): MODULES[name].write(path, writer)
     assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['latest.pt']
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='needs limits on the size of files')
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(data, tmp_path):
+    """Files may not grow beyond 100 kB."""
+    argv = ['--data', data, *TINY, '--warmup', 4, '--out', tmp_path / 'run']
+    go('ect', *argv, '--steps', 2)
+    before = (tmp_path / 'run' / 'latest.pt').read_bytes()
+    code = f"""import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.argv = {['ect.py', *map(str, argv), '--steps', '4']}
+runpy.run_path({str(HERE / 'ect.py')!r}, run_name='__main__')"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert '[Errno 27]' in done.stderr and len(before) > 100_000
+    assert (tmp_path / 'run' / 'latest.pt').read_bytes() == before
+    assert not list((tmp_path / 'run').glob('*.part'))
 
 
 @pytest.mark.parametrize('gpus', [1, 2])
