@@ -191,6 +191,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     attn=(          (8,),         (16,),        (32, 16, 8),  'resolutions with attention'),
     head_dim=(      0,            0,            64,           'channels per attention head; 0: one head'),
     dropout=(       0.0,                                      'dropout rate in [0, 1) [Table 3]'),
+    dropout_res=(   math.inf,                                 'largest resolution with dropout'),
     amp=(           'off',        'off',        'fp16',       'precision on a GPU; off: float32. On a CPU: off'),
     seed=(          0,                                        'of all random numbers; may be negative'),
     save_every=(    1000,         10_000,       10_000,       'steps between checkpoints and sample grids'),
@@ -241,6 +242,9 @@ class LPIPS(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------- network
 
+SHAPE = 'arch ch mult blocks attn head_dim'.split()             # the knobs that come with --init
+
+
 def init(layer, gain=1.0):
     """EDM's initialisation: Xavier-uniform weights times gain, zero biases."""
     nn.init.xavier_uniform_(layer.weight, gain)
@@ -265,7 +269,7 @@ def resample(x, taps, up, pad):
 class Block(nn.Module):
     """EDM's residual block with optional resampling (turn 'up' or 'down') and self-attention."""
 
-    def __init__(self, cin, cout, cfg, attention=False, turn=None):
+    def __init__(self, cin, cout, cfg, res, attention=False, turn=None):
         super().__init__()
         self.cin, self.cout, self.turn = cin, cout, turn
         self.heads = attention and (max(1, cout // cfg.head_dim) if cfg.head_dim else 1)
@@ -274,7 +278,7 @@ class Block(nn.Module):
         self.conv0 = init(nn.Conv2d(cin, cout, 3, padding=1))
         self.affine = init(nn.Linear(4 * cfg.ch, cout))
         self.norm1 = norm(cout)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = nn.Dropout(cfg.dropout) if res <= cfg.dropout_res else nn.Identity()
         self.conv1 = init(nn.Conv2d(cout, cout, 3, padding=1), 1e-5)
         self.skip = init(nn.Conv2d(cin, cout, 1)) if cin != cout or turn else nn.Identity()
         if attention:
@@ -309,9 +313,8 @@ class Residual(nn.Conv2d):
 
 class UNet(nn.Module):
     """EDM's DDPM++ or NCSN++ [Song et al. 2021; EDM networks.py SongUNet] without augmentation input:
-    (x (B, 3, H, W), c_noise (B,), labels (B,) or None) -> (B, 3, H, W). cfg: res, cond, classes, dropout, and `shape`.
-    Parameters stand in the order of EDM's, so its weights load by position."""
-    shape = 'arch ch mult blocks attn head_dim'.split()         # the knobs that come with --init
+    (x (B, 3, H, W), c_noise (B,), labels (B,) or None) -> (B, 3, H, W). cfg: SHAPE, res, cond, classes,
+    dropout, dropout_res. Parameters stand in the order of EDM's, so its weights load by position."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -325,22 +328,23 @@ class UNet(nn.Module):
         self.map0, self.map1 = init(nn.Linear(2 * half, emb)), init(nn.Linear(emb, emb))
 
         widths, ch = [int(cfg.ch * m) for m in cfg.mult], cfg.ch
-        attn = [cfg.res >> level in cfg.attn for level in range(len(widths))]
         self.enc, self.dec, aux = nn.ModuleList([init(nn.Conv2d(3, ch, 3, padding=1))]), nn.ModuleList(), 3
         for level, width in enumerate(widths):
-            if level: self.enc.append(Block(ch, ch, cfg, turn='down'))
+            res = cfg.res >> level
+            if level: self.enc.append(Block(ch, ch, cfg, res, turn='down'))
             if level and ncsnpp:
                 self.enc.append(init(Residual(aux, ch, cfg)))
                 aux = ch
             for _ in range(cfg.blocks):
-                self.enc.append(Block(ch, width, cfg, attn[level]))
+                self.enc.append(Block(ch, width, cfg, res, res in cfg.attn))
                 ch = width
         skips = [cfg.ch, *(layer.cout for layer in self.enc if isinstance(layer, Block))]
         for level, width in reversed(list(enumerate(widths))):
-            if level == len(widths) - 1: self.dec += [Block(ch, ch, cfg, True), Block(ch, ch, cfg)]
-            else: self.dec.append(Block(ch, ch, cfg, turn='up'))
+            res = cfg.res >> level
+            if level == len(widths) - 1: self.dec += [Block(ch, ch, cfg, res, True), Block(ch, ch, cfg, res)]
+            else: self.dec.append(Block(ch, ch, cfg, res, turn='up'))
             for i in range(cfg.blocks + 1):
-                self.dec.append(Block(ch + skips.pop(), width, cfg, i == cfg.blocks and attn[level]))
+                self.dec.append(Block(ch + skips.pop(), width, cfg, res, i == cfg.blocks and res in cfg.attn))
                 ch = width
         self.norm, self.out = norm(ch), init(nn.Conv2d(ch, 3, 3, padding=1), 1e-5)
 
@@ -493,18 +497,23 @@ def write(path, writer):
     finally: part.unlink(missing_ok=True)
 
 
+def donor(path):
+    """What --init names, a .pkl or the checkpoint of any of the scripts: its knobs (a dict) and averaged weights."""
+    with reading(path):
+        if path.endswith('.pkl'): net = load_edm(path)
+        else:
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+            return saved['config'], saved['ema']
+    return vars(net.cfg), net.state_dict()
+
+
 def new_network(cfg):
     """A fresh UNet, or the one that --init names, whose shape then enters cfg."""
     torch.manual_seed(cfg.seed)
     if cfg.init == 'none': return UNet(cfg)
+    shape, state = donor(cfg.init)
     with reading(cfg.init):
-        if cfg.init.endswith('.pkl'):
-            donor = load_edm(cfg.init)
-            shape, state = vars(donor.cfg), donor.state_dict()
-        else:                           # the checkpoint of any of the scripts
-            donor = torch.load(cfg.init, map_location='cpu', weights_only=True)
-            shape, state = donor['config'], donor['ema']
-        vars(cfg).update({name: shape[name] for name in UNet.shape})
+        vars(cfg).update({name: shape[name] for name in SHAPE})
         net = UNet(cfg)
         net.load_state_dict(state)
     return net
@@ -550,6 +559,7 @@ def train(cfg, data, rank, world, device):
             loss_fn.begin(ema)
             opt = new_optimiser()
         for group in opt.param_groups: group['lr'] = lr
+        if 'edm2' in cfg.arch: net.normalise()
 
         index, u, flips, z = draw(cfg, len(images), batch, step, device)    # below, non_blocking copies never wait
         torch.manual_seed(seed_of(cfg, 3 + rank, step))         # dropout
@@ -648,10 +658,9 @@ def picture_grid(images, path, columns=20):
 
 def write_samples(cfg, data, rank, world, device):
     """--sample N images of the run's EMA weights, as .npz (arr_0 (N, H, W, 3), arr_1 labels) or a folder of PNG."""
-    saved, save, start = read_checkpoint(cfg.out), Path(cfg.save or Path(cfg.out, 'samples.npz')), time.time()
+    save, start = Path(cfg.save or Path(cfg.out, 'samples.npz')), time.time()
     if save.suffix not in ('.npz', ''): stop(f'--save {save}: give an .npz or a folder')
-    net = UNet(cfg).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    net.load_state_dict(saved['ema'])
+    net = new_network(cfg).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     if cfg.compile: net.compile(dynamic=False)
     images = torch.zeros(cfg.sample, 3, cfg.res, cfg.res, dtype=torch.uint8, device=device)
     ts = cfg.ts[:cfg.nfe]
@@ -669,7 +678,7 @@ def write_samples(cfg, data, rank, world, device):
     else:
         for i, image in enumerate(map(Image.fromarray, images)):
             write(save / f'{i:06d}.png', lambda file: image.save(file, 'PNG'))
-    print(f'{cfg.sample} samples of step {saved["step"]} from noise levels {ts} in {time.time() - start:.0f} s: {save}')
+    print(f'{cfg.sample} samples of {cfg.init} from noise levels {ts} in {time.time() - start:.0f} s: {save}')
 
 # ----------------------------------------------------------------------------------------------------- editing
 
@@ -773,22 +782,30 @@ class EDMUnpickler(pickle.Unpickler):
 
 
 def load_edm(path_or_url):
-    """An EDM .pkl -> UNet with its `ema` weights, of the shape found in it (knobs in net.cfg). The augmentation input
-    is left out: the zeros it gets in use add nothing. Any other file ends the program."""
+    """A .pkl of EDM, EDM2, ECT or TCM -> UNet with its `ema` weights, of the shape found in it (knobs in net.cfg). Left
+    out are EDM's augmentation input, whose zeros in use add nothing, and EDM2's uncertainty, used by its own loss only.
+    Any other file ends the program."""
     path = fetch(path_or_url) if '://' in str(path_or_url) else path_or_url
     with reading(path), open(path, 'rb') as file:
-        meta = EDMUnpickler(file).load()['ema'].args[0]['state']['_modules']['model'].args[0]
+        parts = EDMUnpickler(file).load()['ema'].args[0]['state']['_modules']
+        meta = parts['unet' if 'unet' in parts else 'model'].args[0]
         args = dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16], label_dim=0,
-                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1)
+                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1,
+                    channels_per_head=0)
+        if meta['class_name'] == 'UNet':        # EDM2's
+            args |= dict(model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[16, 8],
+                         dropout=0.0, channels_per_head=64)
         args |= meta['state']['_init_kwargs']
         kind = (meta['class_name'], args['embedding_type'], args['encoder_type'], args['decoder_type'])
         arch = {('SongUNet', 'positional', 'standard', 'standard'): 'ddpmpp',
-                ('SongUNet', 'fourier', 'residual', 'standard'): 'ncsnpp'}.get(kind)
+                ('SongUNet', 'fourier', 'residual', 'standard'): 'ncsnpp',
+                ('UNet', 'positional', 'standard', 'standard'): 'edm2'}.get(kind)
         if arch not in CHOICES['arch']: raise ValueError(f'it holds a {kind}, not one of {CHOICES["arch"]}')
         net = UNet(argparse.Namespace(
             res=args['img_resolution'], arch=arch, ch=args['model_channels'], mult=tuple(args['channel_mult']),
-            blocks=args['num_blocks'], attn=tuple(args['attn_resolutions']), head_dim=0, fourier=16.0,
-            cond=int(args['label_dim'] > 0), classes=args['label_dim'], dropout=args['dropout']))
+            blocks=args['num_blocks'], attn=tuple(args['attn_resolutions']), head_dim=args['channels_per_head'],
+            cond=int(args['label_dim'] > 0), classes=args['label_dim'], dropout=args['dropout'], dropout_res=math.inf,
+            fourier=16.0))
 
         def tensors(state):             # depth first, as in state_dict()
             for group in ('_parameters', '_buffers'):
@@ -843,15 +860,20 @@ def config(argv=None):
     cfg = {name: value for name, (value, _) in FLAGS.items()} | given
     cfg['out'] = cfg['out'] or f'runs/{METHOD}-{Path(cfg["data"]).name.split(".")[0]}'
     saved, column, own = read_checkpoint(cfg['out']), cfg['data'], {}
-    if saved: cfg |= saved['config'] | given
-    elif cfg['sample']: stop(f'no checkpoint in {cfg["out"]}: train first, or name the run with --out')
+    samples_init = cfg['sample'] and 'init' in given            # of the network named, not of a run
+    if saved and not samples_init:
+        cfg |= saved['config'] | given
+        if cfg['sample']: cfg['init'] = str(Path(cfg['out'], 'latest.pt'))
+    elif cfg['sample'] and not samples_init:
+        stop(f'no checkpoint in {cfg["out"]}: train first, or name the run with --out or a network with --init')
     else:
-        if column not in DATA:
+        if samples_init: own = {k: v for k, v in donor(cfg['init'])[0].items() if k in ('res', 'cond', 'classes')}
+        elif column not in DATA:
             with reading(column, f': --data is {", ".join(DATA)}, or a folder, .zip or .tar.gz of pictures'):
                 names, picture, labels = pictures(column)
                 own = dict(res=cfg.get('res') or min(picture(names[0]).size), init='none')
             if labels is None: own['cond'] = 0
-            column = min(DATA, key=lambda name: abs(math.log(CONFIG['res'][DATA.index(name)] / own['res'])))
+        if own: column = min(DATA, key=lambda name: abs(math.log(CONFIG['res'][DATA.index(name)] / own['res'])))
         cfg |= {k: v[DATA.index(column) if len(v) == 4 else 0] for k, v in CONFIG.items()} | own | given
         if cfg['init'] == 'none': cfg['init'] = cfg.get('teacher', 'none')     # distillation starts from its teacher
         if cfg['init'] != 'none': cfg['warmup'] = given.get('warmup', 0)       # the checkpoint is the diffusion model

@@ -44,7 +44,7 @@ import torch.multiprocessing as mp
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import stats
 from torch import nn
-from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, one_hot, silu
+from torch.nn.functional import affine_grid, avg_pool2d, conv2d, grid_sample, interpolate, one_hot, silu
 
 # ------------------------------------------------------------------------------------------------------ method
 
@@ -169,6 +169,7 @@ def sample(net, z, ts, labels=None, noise=None):
 # ------------------------------------------------------------------------------------------------------ recipe
 
 EDM = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl'
+EDM2 = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl'
 
 CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]), or one value for all three
     steps=(         6100,         500_000,      200_000,      'optimiser steps in all [ours]'),
@@ -205,29 +206,33 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     sigma=(         0.7,          0.2,          0.2,          'scale of ln t in stage 2'),
     nu=(            1.0,          0.01,         0.01,         'degrees of freedom [mu, sigma, nu: README]'),
     ts=(            (20, 1),      (80, 0.821),  (80, 1.526),  'noise levels of the sampler, the first --nfe of them'),
-    init=(          'none',       EDM,          'none',       'none, a checkpoint of ours, or EDM .pkl (path, URL)'),
+    init=(          'none',       EDM,          EDM2,         'none, our checkpoint, EDM, EDM2, ECT, TCM .pkl'),
     res=(           16,           32,           64,           'image side'),
     flip=(          0,                                        '1: random horizontal flips'),
     cond=(          0,            0,            1,            '1: class-conditional'),
     classes=(       10,           10,           1000,         'classes if conditional (counted in the data)'),
-    arch=(          'ddpmpp',                                 'network'),
+    arch=(          'ddpmpp',     'ddpmpp',     'edm2',       'network'),
     ch=(            32,           128,          192,          'channels at full resolution'),
     mult=(          (1, 1, 2),    (2, 2, 2),    (1, 2, 3, 4), 'channel multipliers, full resolution first'),
     blocks=(        1,            4,            3,            'residual blocks per resolution'),
     attn=(          (8,),         (16,),        (16, 8),      'resolutions with attention'),
     head_dim=(      0,            0,            64,           'channels per attention head; 0: one head'),
     dropout=(       0.0,          0.2,          0.4,          'dropout rate in [0, 1) [README]'),
+    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout [README]'),
     amp=(           'off',        'off',        'fp16',       'precision on a GPU; off: float32. On a CPU: off'),
     seed=(          0,                                        'of all random numbers; may be negative'),
     save_every=(    1000,         10_000,       5000,         'steps between checkpoints and sample grids'),
     log_every=(     50,           100,          100,          'steps between status lines'),
 )
-CHOICES = dict(weight=('1/(t-r)', '1/c_out^2'), arch=('ddpmpp',),
+CHOICES = dict(weight=('1/(t-r)', '1/c_out^2'), arch=('ddpmpp', 'edm2'),
                opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'))
 
 # ===== From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (sct, scm) =====
 
 # ----------------------------------------------------------------------------------------------------- network
+
+SHAPE = 'arch ch mult blocks attn head_dim'.split()             # the knobs that come with --init
+
 
 def init(layer, gain=1.0):
     """EDM's initialisation: Xavier-uniform weights times gain, zero biases."""
@@ -242,7 +247,7 @@ def norm(ch): return nn.GroupNorm(math.gcd(min(32, ch // 4), ch), ch, eps=1e-6)
 class Block(nn.Module):
     """EDM's residual block with optional resampling (turn 'up' or 'down') and self-attention."""
 
-    def __init__(self, cin, cout, cfg, attention=False, turn=None):
+    def __init__(self, cin, cout, cfg, res, attention=False, turn=None):
         super().__init__()
         self.cin, self.cout, self.turn = cin, cout, turn
         self.heads = attention and (max(1, cout // cfg.head_dim) if cfg.head_dim else 1)
@@ -250,7 +255,7 @@ class Block(nn.Module):
         self.conv0 = init(nn.Conv2d(cin, cout, 3, padding=1))
         self.affine = init(nn.Linear(4 * cfg.ch, cout))
         self.norm1 = norm(cout)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = nn.Dropout(cfg.dropout) if res <= cfg.dropout_res else nn.Identity()
         self.conv1 = init(nn.Conv2d(cout, cout, 3, padding=1), 1e-5)
         self.skip = init(nn.Conv2d(cin, cout, 1)) if cin != cout or turn else nn.Identity()
         if attention:
@@ -273,11 +278,10 @@ class Block(nn.Module):
         return x
 
 
-class UNet(nn.Module):
+class DDPMpp(nn.Module):
     """EDM's DDPM++ [Song et al. 2021; EDM networks.py SongUNet] without augmentation input:
-    (x (B, 3, H, W), c_noise (B,), labels (B,) or None) -> (B, 3, H, W). cfg: res, cond, classes, dropout, and `shape`.
-    Parameters stand in the order of EDM's, so its weights load by position."""
-    shape = 'arch ch mult blocks attn head_dim'.split()         # the knobs that come with --init
+    (x (B, 3, H, W), c_noise (B,), labels (B,) or None) -> (B, 3, H, W). cfg: SHAPE, res, cond, classes,
+    dropout, dropout_res. Parameters stand in the order of EDM's, so its weights load by position."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -288,19 +292,20 @@ class UNet(nn.Module):
         self.map0, self.map1 = init(nn.Linear(cfg.ch, emb)), init(nn.Linear(emb, emb))
 
         widths, ch = [int(cfg.ch * m) for m in cfg.mult], cfg.ch
-        attn = [cfg.res >> level in cfg.attn for level in range(len(widths))]
         self.enc, self.dec = nn.ModuleList([init(nn.Conv2d(3, ch, 3, padding=1))]), nn.ModuleList()
         for level, width in enumerate(widths):
-            if level: self.enc.append(Block(ch, ch, cfg, turn='down'))
+            res = cfg.res >> level
+            if level: self.enc.append(Block(ch, ch, cfg, res, turn='down'))
             for _ in range(cfg.blocks):
-                self.enc.append(Block(ch, width, cfg, attn[level]))
+                self.enc.append(Block(ch, width, cfg, res, res in cfg.attn))
                 ch = width
         skips = [cfg.ch, *(layer.cout for layer in self.enc[1:])]
         for level, width in reversed(list(enumerate(widths))):
-            if level == len(widths) - 1: self.dec += [Block(ch, ch, cfg, True), Block(ch, ch, cfg)]
-            else: self.dec.append(Block(ch, ch, cfg, turn='up'))
+            res = cfg.res >> level
+            if level == len(widths) - 1: self.dec += [Block(ch, ch, cfg, res, True), Block(ch, ch, cfg, res)]
+            else: self.dec.append(Block(ch, ch, cfg, res, turn='up'))
             for i in range(cfg.blocks + 1):
-                self.dec.append(Block(ch + skips.pop(), width, cfg, i == cfg.blocks and attn[level]))
+                self.dec.append(Block(ch + skips.pop(), width, cfg, res, i == cfg.blocks and res in cfg.attn))
                 ch = width
         self.norm, self.out = norm(ch), init(nn.Conv2d(ch, 3, 3, padding=1), 1e-5)
 
@@ -317,6 +322,127 @@ class UNet(nn.Module):
             if layer.cin != x.shape[1]: x = torch.cat([x, skips.pop()], 1)
             x = layer(x, e)
         return self.out(silu(self.norm(x))).to(a.dtype)
+
+
+def unit(x, dim=None):
+    """x over its root mean square along dim (all but the first), plus 1e-4; measured in float32 or better."""
+    dim = dim or tuple(range(1, x.ndim))
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x / (1e-4 + norm * (norm.numel() / x.numel())**0.5).to(x.dtype)
+
+
+def mp_silu(x): return silu(x) / 0.596
+
+
+def mp_sum(a, b, t): return ((1 - t) * a + t * b) / ((1 - t)**2 + t**2)**0.5
+
+
+class MPConv(nn.Module):
+    """EDM2's only layer with weights, a convolution or (without kernel) linear; no bias, normalised in every use."""
+
+    def __init__(self, cin, cout, *kernel):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(cout, cin, *kernel))
+
+    def forward(self, x, gain=1.0):
+        with torch.autocast(x.device.type, enabled=False):     # weights and linear layers in float32
+            w = unit(self.weight) * (gain / self.weight[0].numel()**0.5)
+            if w.ndim == 2: return x @ w.T
+        return conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class MPBlock(nn.Module):
+    """EDM2's residual block of the encoder or decoder, with optional resampling and self-attention."""
+
+    def __init__(self, cin, cout, cfg, res, decoder, attention=False, turn=None):
+        super().__init__()
+        self.cin, self.cout, self.decoder, self.turn = cin, cout, decoder, turn
+        self.heads = attention and (cout // cfg.head_dim if cfg.head_dim else 1)
+        self.gain = nn.Parameter(torch.zeros(()))
+        self.conv0 = MPConv(cin if decoder else cout, cout, 3, 3)
+        self.affine = MPConv(int(cfg.ch * max(cfg.mult)), cout)
+        self.conv1 = MPConv(cout, cout, 3, 3)
+        self.dropout = nn.Dropout(cfg.dropout) if res <= cfg.dropout_res else nn.Identity()
+        self.skip = MPConv(cin, cout, 1, 1) if cin != cout else nn.Identity()
+        if self.heads:
+            self.qkv, self.proj = MPConv(cout, 3 * cout, 1, 1), MPConv(cout, cout, 1, 1)
+
+    def forward(self, x, e):
+        if self.turn == 'down': x = avg_pool2d(x, 2)
+        if self.turn == 'up': x = interpolate(x, scale_factor=2)
+        if not self.decoder: x = unit(self.skip(x), 1)
+        h = self.conv0(mp_silu(x))
+        h = h * (1 + self.affine(e, self.gain)).to(h.dtype)[:, :, None, None]
+        h = self.conv1(self.dropout(mp_silu(h)))
+        if self.decoder: x = self.skip(x)
+        x = mp_sum(x, h, 0.3)
+        if self.heads:
+            B, C, H, W = x.shape
+            q, k, v = unit(self.qkv(x).reshape(B * self.heads, C // self.heads, 3, H * W), 1).unbind(2)
+            w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)
+            x = mp_sum(x, self.proj(torch.einsum('bqk,bck->bcq', w, v).reshape(B, C, H, W)), 0.3)
+        return x.clamp(-256, 256)
+
+
+class EDM2UNet(nn.Module):
+    """EDM2's network, config G [Karras et al. 2024; networks_edm2.py] without its uncertainty: arguments and order of
+    parameters as above. normalise() once before each step in place of the code's overwriting within forward."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [int(cfg.ch * m) for m in cfg.mult]
+        self.cfg, ch, emb = cfg, widths[0], max(widths)
+        self.classes = cfg.classes if cfg.cond else 0
+        self.gain = nn.Parameter(torch.zeros(()))
+        self.register_buffer('freqs', 2 * math.pi * torch.randn(ch))
+        self.register_buffer('phases', 2 * math.pi * torch.rand(ch))
+        self.map_noise = MPConv(ch, emb)
+        if self.classes: self.map_label = MPConv(self.classes, emb)
+
+        self.enc, self.dec = nn.ModuleList([MPConv(4, ch, 3, 3)]), nn.ModuleList()      # an image and a plane of ones
+        for level, width in enumerate(widths):
+            res = cfg.res >> level
+            if level: self.enc.append(MPBlock(ch, ch, cfg, res, False, turn='down'))
+            for _ in range(cfg.blocks):
+                self.enc.append(MPBlock(ch, width, cfg, res, False, res in cfg.attn))
+                ch = width
+        skips = [widths[0], *(layer.cout for layer in self.enc[1:])]
+        for level, width in reversed(list(enumerate(widths))):
+            res = cfg.res >> level
+            if level < len(widths) - 1: self.dec.append(MPBlock(ch, ch, cfg, res, True, turn='up'))
+            else: self.dec += [MPBlock(ch, ch, cfg, res, True, True), MPBlock(ch, ch, cfg, res, True)]
+            for _ in range(cfg.blocks + 1):
+                self.dec.append(MPBlock(ch + skips.pop(), width, cfg, res, True, res in cfg.attn))
+                ch = width
+        self.out = MPConv(ch, 3, 3, 3)
+
+    @torch.no_grad()
+    def normalise(self):
+        """Forced weight normalisation."""
+        for layer in self.modules():
+            if isinstance(layer, MPConv): layer.weight.copy_(unit(layer.weight))
+
+    def forward(self, x, c_noise, labels=None):
+        with torch.autocast(x.device.type, enabled=False):     # the embedding stays in float32
+            e = self.map_noise(2**0.5 * (torch.outer(c_noise.to(x), self.freqs) + self.phases).cos())
+            if self.classes:
+                hot = x.new_zeros(1, self.classes) if labels is None else one_hot(labels, self.classes).to(x)
+                e = mp_sum(e, self.map_label(hot * self.classes**0.5), 0.5)
+            e = mp_silu(e)
+        skips = [self.enc[0](torch.cat([x, torch.ones_like(x[:, :1])], 1))]
+        for layer in self.enc[1:]: skips.append(layer(skips[-1], e))
+        x = skips[-1]
+        for layer in self.dec:
+            if layer.cin != x.shape[1]:
+                y = skips.pop()         # both parts contribute equally
+                x = torch.cat([v * (layer.cin / (2 * v.shape[1]))**0.5 for v in (x, y)], 1)
+            x = layer(x, e)
+        return self.out(x, self.gain).to(e.dtype)
+
+
+def UNet(cfg):
+    """The raw network F of cfg.arch."""
+    return (EDM2UNet if cfg.arch == 'edm2' else DDPMpp)(cfg)
 
 # -------------------------------------------------------------------------------------------------------- data
 
@@ -451,18 +577,23 @@ def write(path, writer):
     finally: part.unlink(missing_ok=True)
 
 
+def donor(path):
+    """What --init names, a .pkl or the checkpoint of any of the scripts: its knobs (a dict) and averaged weights."""
+    with reading(path):
+        if path.endswith('.pkl'): net = load_edm(path)
+        else:
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+            return saved['config'], saved['ema']
+    return vars(net.cfg), net.state_dict()
+
+
 def new_network(cfg):
     """A fresh UNet, or the one that --init names, whose shape then enters cfg."""
     torch.manual_seed(cfg.seed)
     if cfg.init == 'none': return UNet(cfg)
+    shape, state = donor(cfg.init)
     with reading(cfg.init):
-        if cfg.init.endswith('.pkl'):
-            donor = load_edm(cfg.init)
-            shape, state = vars(donor.cfg), donor.state_dict()
-        else:                           # the checkpoint of any of the scripts
-            donor = torch.load(cfg.init, map_location='cpu', weights_only=True)
-            shape, state = donor['config'], donor['ema']
-        vars(cfg).update({name: shape[name] for name in UNet.shape})
+        vars(cfg).update({name: shape[name] for name in SHAPE})
         net = UNet(cfg)
         net.load_state_dict(state)
     return net
@@ -508,6 +639,7 @@ def train(cfg, data, rank, world, device):
             loss_fn.begin(ema)
             opt = new_optimiser()
         for group in opt.param_groups: group['lr'] = lr
+        if 'edm2' in cfg.arch: net.normalise()
 
         index, u, flips, z = draw(cfg, len(images), batch, step, device)    # below, non_blocking copies never wait
         torch.manual_seed(seed_of(cfg, 3 + rank, step))         # dropout
@@ -606,10 +738,9 @@ def picture_grid(images, path, columns=20):
 
 def write_samples(cfg, data, rank, world, device):
     """--sample N images of the run's EMA weights, as .npz (arr_0 (N, H, W, 3), arr_1 labels) or a folder of PNG."""
-    saved, save, start = read_checkpoint(cfg.out), Path(cfg.save or Path(cfg.out, 'samples.npz')), time.time()
+    save, start = Path(cfg.save or Path(cfg.out, 'samples.npz')), time.time()
     if save.suffix not in ('.npz', ''): stop(f'--save {save}: give an .npz or a folder')
-    net = UNet(cfg).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    net.load_state_dict(saved['ema'])
+    net = new_network(cfg).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     if cfg.compile: net.compile(dynamic=False)
     images = torch.zeros(cfg.sample, 3, cfg.res, cfg.res, dtype=torch.uint8, device=device)
     ts = cfg.ts[:cfg.nfe]
@@ -627,7 +758,7 @@ def write_samples(cfg, data, rank, world, device):
     else:
         for i, image in enumerate(map(Image.fromarray, images)):
             write(save / f'{i:06d}.png', lambda file: image.save(file, 'PNG'))
-    print(f'{cfg.sample} samples of step {saved["step"]} from noise levels {ts} in {time.time() - start:.0f} s: {save}')
+    print(f'{cfg.sample} samples of {cfg.init} from noise levels {ts} in {time.time() - start:.0f} s: {save}')
 
 # ------------------------------------------------------------------------------------------- EDM's checkpoints
 
@@ -654,22 +785,30 @@ class EDMUnpickler(pickle.Unpickler):
 
 
 def load_edm(path_or_url):
-    """An EDM .pkl -> UNet with its `ema` weights, of the shape found in it (knobs in net.cfg). The augmentation input
-    is left out: the zeros it gets in use add nothing. Any other file ends the program."""
+    """A .pkl of EDM, EDM2, ECT or TCM -> UNet with its `ema` weights, of the shape found in it (knobs in net.cfg). Left
+    out are EDM's augmentation input, whose zeros in use add nothing, and EDM2's uncertainty, used by its own loss only.
+    Any other file ends the program."""
     path = fetch(path_or_url) if '://' in str(path_or_url) else path_or_url
     with reading(path), open(path, 'rb') as file:
-        meta = EDMUnpickler(file).load()['ema'].args[0]['state']['_modules']['model'].args[0]
+        parts = EDMUnpickler(file).load()['ema'].args[0]['state']['_modules']
+        meta = parts['unet' if 'unet' in parts else 'model'].args[0]
         args = dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16], label_dim=0,
-                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1)
+                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1,
+                    channels_per_head=0)
+        if meta['class_name'] == 'UNet':        # EDM2's
+            args |= dict(model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[16, 8],
+                         dropout=0.0, channels_per_head=64)
         args |= meta['state']['_init_kwargs']
         kind = (meta['class_name'], args['embedding_type'], args['encoder_type'], args['decoder_type'])
         arch = {('SongUNet', 'positional', 'standard', 'standard'): 'ddpmpp',
-                ('SongUNet', 'fourier', 'residual', 'standard'): 'ncsnpp'}.get(kind)
+                ('SongUNet', 'fourier', 'residual', 'standard'): 'ncsnpp',
+                ('UNet', 'positional', 'standard', 'standard'): 'edm2'}.get(kind)
         if arch not in CHOICES['arch']: raise ValueError(f'it holds a {kind}, not one of {CHOICES["arch"]}')
         net = UNet(argparse.Namespace(
             res=args['img_resolution'], arch=arch, ch=args['model_channels'], mult=tuple(args['channel_mult']),
-            blocks=args['num_blocks'], attn=tuple(args['attn_resolutions']), head_dim=0, fourier=16.0,
-            cond=int(args['label_dim'] > 0), classes=args['label_dim'], dropout=args['dropout']))
+            blocks=args['num_blocks'], attn=tuple(args['attn_resolutions']), head_dim=args['channels_per_head'],
+            cond=int(args['label_dim'] > 0), classes=args['label_dim'], dropout=args['dropout'], dropout_res=math.inf,
+            fourier=16.0))
 
         def tensors(state):             # depth first, as in state_dict()
             for group in ('_parameters', '_buffers'):
@@ -724,15 +863,20 @@ def config(argv=None):
     cfg = {name: value for name, (value, _) in FLAGS.items()} | given
     cfg['out'] = cfg['out'] or f'runs/{METHOD}-{Path(cfg["data"]).name.split(".")[0]}'
     saved, column, own = read_checkpoint(cfg['out']), cfg['data'], {}
-    if saved: cfg |= saved['config'] | given
-    elif cfg['sample']: stop(f'no checkpoint in {cfg["out"]}: train first, or name the run with --out')
+    samples_init = cfg['sample'] and 'init' in given            # of the network named, not of a run
+    if saved and not samples_init:
+        cfg |= saved['config'] | given
+        if cfg['sample']: cfg['init'] = str(Path(cfg['out'], 'latest.pt'))
+    elif cfg['sample'] and not samples_init:
+        stop(f'no checkpoint in {cfg["out"]}: train first, or name the run with --out or a network with --init')
     else:
-        if column not in DATA:
+        if samples_init: own = {k: v for k, v in donor(cfg['init'])[0].items() if k in ('res', 'cond', 'classes')}
+        elif column not in DATA:
             with reading(column, f': --data is {", ".join(DATA)}, or a folder, .zip or .tar.gz of pictures'):
                 names, picture, labels = pictures(column)
                 own = dict(res=cfg.get('res') or min(picture(names[0]).size), init='none')
             if labels is None: own['cond'] = 0
-            column = min(DATA, key=lambda name: abs(math.log(CONFIG['res'][DATA.index(name)] / own['res'])))
+        if own: column = min(DATA, key=lambda name: abs(math.log(CONFIG['res'][DATA.index(name)] / own['res'])))
         cfg |= {k: v[DATA.index(column) if len(v) == 4 else 0] for k, v in CONFIG.items()} | own | given
         if cfg['init'] == 'none': cfg['init'] = cfg.get('teacher', 'none')     # distillation starts from its teacher
         if cfg['init'] != 'none': cfg['warmup'] = given.get('warmup', 0)       # the checkpoint is the diffusion model
