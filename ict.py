@@ -661,8 +661,8 @@ def load_edm(path_or_url):
         net = UNet(argparse.Namespace(
             res=args['img_resolution'], arch=arch, ch=args['model_channels'], mult=tuple(args['channel_mult']),
             blocks=args['num_blocks'], attn=tuple(args['attn_resolutions']), head_dim=args['channels_per_head'],
-            cond=int(args['label_dim'] > 0), classes=args['label_dim'], dropout=args['dropout'], dropout_res=math.inf,
-            fourier=16.0))
+            cond=int(args['label_dim'] > 0), classes=max(1, args['label_dim']), dropout=args['dropout'],
+            dropout_res=math.inf, fourier=16.0))
 
         def tensors(state):             # depth first, as in state_dict()
             for group in ('_parameters', '_buffers'):

@@ -7,7 +7,7 @@ Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k
 Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
 """
 import argparse, ast, contextlib, difflib, hashlib, importlib, io, itertools, json, math, os, pickle, re, shutil, signal
-import struct, subprocess, sys, tarfile, time, zipfile, zlib
+import struct, subprocess, sys, tarfile, time, types, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +38,7 @@ every_method = pytest.mark.parametrize('name', METHODS)
 METHOD_NAMES = {'CONFIG', 'CHOICES', 'f', 'Loss', 'sample'}     # the only names whose text may differ between scripts,
 OWN = {'ct': {'Block', 'UNet'}, 'ict': {'Block', 'UNet'},       # and by a few lines, where a method's own network or
        'sct': {'generate', 'write_samples'},                    # sampler enters: NCSN++, segments, double normalisation
-       'scm': {'Block', 'UNet', 'generate', 'write_samples'}}
+       'scm': {'Block', 'DDPMpp', 'MPBlock', 'EDM2UNet', 'UNet', 'generate', 'write_samples'}}
 TINY = '--ch 8 --mult 1,2 --blocks 1 --attn 4 --batch 8 --log_every 2 --dropout 0 --lr 1e-3'.split()
 PHASES = {'ct': ['--metric', 'l2'], 'ict': [], 'ect': ['--warmup', '4', '--lr_warmup', '1e-3'],
           'sct': ['--warmup', '4', '--lr_warmup', '1e-3'],
@@ -117,7 +117,8 @@ def config(name, *argv): return MODULES[name].config(['--out', '/nowhere/run', *
 def generator(seed): return torch.Generator().manual_seed(seed)
 
 
-def golden_of(name): return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f'{name}.npz').items()}
+def golden_of(name):
+    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f'{name}.npz').items() if v.dtype.kind in 'fiu'}
 
 
 def toy(a=0.7, s=1.5, axis=3): return lambda x, c_noise, labels=None: a * torch.tanh(s * x) + 0.1 * x.flip(axis)
@@ -153,7 +154,8 @@ def test_a_name_that_two_methods_share_has_the_same_text_and_place():
         order[name] = list(shared)
     for name, own in OWN.items():
         for n in own:
-            lines = difflib.ndiff(texts[n].splitlines(), pieces(name)[n].splitlines())
+            shared = pieces('ect')['DDPMpp'] if n == 'UNet' and name != 'scm' else texts[n]     # one class for all
+            lines = difflib.ndiff(shared.splitlines(), pieces(name)[n].splitlines())
             changed = [line for line in lines if line[0] in '+-' and line[1:].strip()]
             assert 0 < len(changed) <= 32, (name, n, len(changed))
     for n in OWN['ct']: assert pieces('ct')[n] == pieces('ict')[n]
@@ -330,7 +332,7 @@ def test_learning_rate_anneals_to_zero_in_each_stage():
 # ----------------------------------------------------------------------------------------------------- oracles
 
 @needs_golden
-@pytest.mark.parametrize('name, arch', [(n, a) for n in METHODS for a in MODULES[n].CHOICES['arch'] if a != 'scm'])
+@pytest.mark.parametrize('name, arch', [(n, a) for n in METHODS for a in MODULES[n].CHOICES['arch'] if 'pp' in a])
 def test_network_and_pickle_reader_agree_with_edm(name, arch):
     golden = np.load(GOLDEN / f'edm_{arch}_tiny.npz')
     x, sigma, D, F = (torch.from_numpy(golden[k]) for k in ('x', 'sigma', 'D', 'F'))
@@ -1038,7 +1040,7 @@ def test_trigflow_ends_variance_and_edms_map():
     close(scm.f(net, x, t.view(-1, 1, 1, 1)), scm.f(net, x, t), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('arch', ['scm', 'ddpmpp'])
+@pytest.mark.parametrize('arch', scm.CHOICES['arch'])
 def test_tangent_is_the_derivative_of_f_along_the_trajectory(arch):
     """Against central differences of f(x_t, t), against torch's own forward mode with the paper's tangent, and against
     the discrete-time difference, whose error is of the order of the step."""
@@ -1064,13 +1066,13 @@ def test_tangent_is_the_derivative_of_f_along_the_trajectory(arch):
 
 
 def test_forward_mode_is_torchs_own_in_float32_and_with_dropout():
-    for arch in ('scm', 'ddpmpp'):
+    for arch in scm.CHOICES['arch']:
         net = random_net('scm', '--arch', arch, '--head_dim', 8).float()
         x, z, t = (v.float() for v in scm_inputs())
         x = x.contiguous(memory_format=torch.channels_last)
         out, g = scm_loss(net).float().tangent(x, None, z, t.double(), 110)
         x_t, dx, cos, sin = on_path(x, z, t)
-        value, J = torch.func.jvp(lambda v, s: net(2 * v, s) if arch == 'scm' else scm.F(net, v, s), (x_t, t),
+        value, J = torch.func.jvp(lambda v, s: net(2 * v, s) if 'scm' in arch else scm.F(net, v, s), (x_t, t),
                                   (0.5 * cos * sin * dx, (0.5 * cos * sin).flatten()))
         close(out, value, rtol=1e-4, atol=1e-4)
         close(g, -cos**2 * (0.5 * value - dx) - cos * sin * x_t - J, rtol=1e-3, atol=1e-3 * J.abs().max().item())
@@ -1232,7 +1234,7 @@ def test_heun_in_trigflow_is_edms_sampler():
 
 def test_double_normalisation_is_its_formula():
     torch.manual_seed(0)
-    block = scm.Block(8, 12, config("scm", "--ch", 4)).double()
+    block = scm.Block(8, 12, config('scm', '--ch', 4), 4).double()
     for p in block.parameters(): p.data = torch.randn_like(p) * 0.4
     x, e = torch.randn(2, 8, 4, 4).double(), torch.randn(2, 16).double()
     h = nn.functional.silu(block.norm0(x))
@@ -1288,6 +1290,247 @@ def test_dropout_and_weight_of_each_stage():
     assert loss.w.weight.abs().max() == 0 == loss.w.bias
 
 
+# -------------------------------------------------------------------------------------------------------- EDM2
+
+EDM2_METHODS = ['ect', 'sct', 'tcm', 'scm']
+
+
+@needs_golden
+@pytest.mark.parametrize('name', EDM2_METHODS)
+@pytest.mark.parametrize('which', ['cond', 'uncond', 'defaults'])
+def test_edm2_network_and_pickle_reader_agree_with_the_official_code(name, which):
+    v, module = golden_of(f'edm2_{which}'), MODULES[name]
+    net, y, close_to = module.load_edm(GOLDEN / f'edm2_{which}.pkl').eval(), v.get('labels'), dict(rtol=1e-5, atol=2e-5)
+    assert sum(p.numel() for p in net.parameters()) == v['n_params_unet']
+    close(net(v['c_in_x'], v['c_noise'], y), v['F'], **close_to)
+    if name == 'scm': return
+    close(module.f(net, v['x'], v['sigma'], y), v['D'], **close_to)
+    if y is not None: close(module.f(net, v['x'], v['sigma']), v['D_no_label'], **close_to)
+    net.train()                         # no dropout in it; a step begins, first pass, backward pass, second pass
+    net.normalise()
+    D = module.f(net, v['x'], v['sigma'], y)
+    close(D, v['train_D'], **close_to)
+    (D - v['x0']).square().mean().backward()
+    norms, expected = torch.stack([p.grad.norm() for p in net.parameters()]), v['train_grad_norms'][:-1]    # logvar: 0
+    close(norms.double(), expected.double(), rtol=1e-5, atol=1e-8)
+    sums = torch.stack([p.double().square().sum() for p in net.parameters()])
+    close(sums, v['train_param_sqsum'][:-1].double(), rtol=1e-5, atol=0)
+    net.normalise()
+    close(module.f(net, v['x'], v['sigma'], y), v['train_D_2nd'], **close_to)
+
+
+@needs_golden
+def test_edm2_blocks_agree_with_the_official_code():
+    v = golden_of('edm2_parts')
+    for name in EDM2_METHODS:
+        m = MODULES[name]
+        close(m.unit(0.01 * v['a'], 1), v['pixel_norm'])
+        close(m.mp_sum(v['a'], v['b'][:, :6], 0.3), v['mp_sum3'])
+        conv, linear = m.MPConv(6, 5, 3, 3), m.MPConv(6, 5)
+        conv.weight.data, linear.weight.data = v['conv_w'], v['lin_w']
+        close(conv(v['a'], 0.7), v['conv_eval'])
+        close(linear(v['a'][:, :, 0, 0], 1.3), v['lin_eval'])
+        conv.weight.data = m.unit(conv.weight.data)
+        close(conv.weight.data, v['conv_w_after'])
+        close(conv(v['a'], 0.7), v['conv_train'])
+        for block in ('enc', 'down', 'dec', 'up', 'floor', 'clipped'):
+            weights = [w for k, w in v.items() if k.startswith(f'{block}/')]
+            x, e, y = (v[f'{block}_{k}'] for k in ('x', 'emb', 'y'))
+            heads = int(v[f'{block}_heads'])
+            cfg = config(name, '--arch', 'edm2', '--ch', e.shape[1], '--mult', '1', '--dropout', 0,
+                         '--head_dim', y.shape[1] // max(heads, 1))
+            net = m.MPBlock(x.shape[1], y.shape[1], cfg, 8, block in ('dec', 'up', 'floor'), bool(heads),
+                            block if block in ('down', 'up') else None).eval()
+            for p, w in zip(net.parameters(), weights, strict=True): p.data = w.view_as(p)
+            close(net(x, e), y, rtol=1e-5, atol=1e-5 * y.abs().max().item())
+
+
+@needs_golden
+def test_edm2_drops_out_where_the_official_code_does():
+    golden, v = golden_of('edm2_dropout'), golden_of('edm2_cond')
+    x, sigma, y = v['x'], v['sigma'], v['labels']
+    for name in ('ect', 'sct', 'tcm'):
+        donor = MODULES[name].load_edm(GOLDEN / 'edm2_cond.pkl')
+        for limit, key in ((math.inf, 'D_all'), (8, 'D_8')):
+            net = MODULES[name].UNet(argparse.Namespace(**vars(donor.cfg) | dict(dropout=0.4, dropout_res=limit)))
+            net.load_state_dict(donor.state_dict())
+            net.normalise()
+            torch.manual_seed(7)
+            close(MODULES[name].f(net, x, sigma, y), golden[key], rtol=1e-5, atol=2e-5)
+
+
+def edm2_loss(name, *argv, gain=1.0):
+    """Loss on the golden network as a step finds it, ImageNet-64's recipe."""
+    m = MODULES[name]
+    net = m.load_edm(GOLDEN / 'edm2_cond.pkl')
+    loss = m.Loss(net, config(name, '--data', 'imagenet64', '--init', 'none', '--warmup', 0, *argv), None)
+    for p in net.parameters(): p.data *= gain if p.ndim == 0 else 1
+    net.normalise()
+    return loss, net
+
+
+@needs_golden
+def test_ect_on_edm2_agrees_with_the_official_code():
+    v = golden_of('ect_edm2')
+    for stage in range(4):
+        loss, net = edm2_loss('ect')
+        t = v['t'].double()
+        u = torch.special.ndtr((t.log() + 0.8) / 1.6)
+        level, r = loss.levels(u, stage * loss.cfg.d)
+        close(level.float(), v['t'], rtol=1e-5, atol=0)
+        close(r.float(), v[f's{stage}_r'], rtol=2e-5, atol=1e-6)
+        value = loss.pair(v['x0'], v['labels'], v['eps'], t, v[f's{stage}_r'].double(), stage * loss.cfg.d)
+        close(value, v[f's{stage}_loss'], rtol=1e-4, atol=0)
+        value.mean().backward()
+        norms = torch.stack([p.grad.norm() for p in net.parameters()]).double()
+        close(norms, v[f's{stage}_grad_norms'].double(), rtol=1e-3, atol=1e-5)
+    net = ect.load_edm(GOLDEN / 'edm2_cond.pkl').eval()
+    D = ect.f(net, v['x0'] + v['D_t'].view(-1, 1, 1, 1) * v['eps'], v['D_t'], v['labels'])
+    close(D, v['D'], rtol=1e-5, atol=2e-5)
+
+
+@needs_golden
+def test_tcm_on_edm2_agrees_with_the_official_code():
+    v = golden_of('tcm_edm2')
+    for stage in range(6):
+        loss, net = edm2_loss('tcm', '--stage1', 100_000)
+        t, r = v['stage1_t'], v[f'stage1_s{stage}_r']
+        ratio = min(1 - loss.cfg.q**-(stage + 1), loss.cfg.ratio_limit)
+        close((t - t * (1 - ratio) * (1 + 8 * torch.sigmoid(-t))).clamp(min=1e-6), r, rtol=1e-9, atol=0)
+        value = loss.pair(v['x0'], v['labels'], v['eps'], t, r, stage * loss.cfg.d)
+        close(value.double(), v[f'stage1_s{stage}_loss'], rtol=2e-4, atol=0)
+        value.mean().backward()
+        total = sum(p.grad.double().square().sum() for p in net.parameters()).sqrt()
+        close(total, v[f'stage1_s{stage}_grad_norm'], rtol=1e-4, atol=0)
+    loss, net = edm2_loss('tcm', '--stage1', 0, gain=0.9)
+    loss.teacher = tcm.load_edm(GOLDEN / 'edm2_cond.pkl').requires_grad_(False)
+    t = torch.cat([torch.ones(2).double(), v['stage2_t']])
+    r = (t - t * (1 - loss.cfg.ratio_limit) * (1 + 8 * torch.sigmoid(-t))).clamp(min=1e-6)
+    value = loss.pair(v['x0'], v['labels'], v['eps'], t, r, 10**6)
+    close(value[:2].double(), v['stage2_boundary'], rtol=1e-4, atol=0)
+    close(value[2:].double(), v['stage2_loss'], rtol=1e-4, atol=0)
+    (value[2:].mean() + 0.1 * value[:2].mean()).backward()
+    total = sum(p.grad.double().square().sum() for p in net.parameters()).sqrt()
+    close(total, v['stage2_grad_norm'], rtol=1e-4, atol=0)
+
+
+class Persistent:
+    """An object of NVIDIA's persistence module, to be written again as it was read."""
+
+    def __init__(self, meta): self.meta = meta
+
+    def __reduce__(self): return sys.modules['torch_utils.persistence']._reconstruct_persistent_obj, (self.meta,)
+
+
+@pytest.fixture
+def persistence(monkeypatch):
+    for name in ('torch_utils', 'torch_utils.persistence', 'dnnlib', 'dnnlib.util'):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    def _reconstruct_persistent_obj(meta): return Persistent(meta)
+    _reconstruct_persistent_obj.__module__ = 'torch_utils.persistence'
+    _reconstruct_persistent_obj.__qualname__ = '_reconstruct_persistent_obj'
+    sys.modules['torch_utils.persistence']._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    sys.modules['dnnlib.util'].EasyDict = type('EasyDict', (dict,), dict(__module__='dnnlib.util'))
+
+
+@needs_golden
+def test_snapshots_in_ects_and_tcms_layout_are_read(persistence, tmp_path):
+    """ECT writes dict(ema), TCM dict(ema, loss_fn, ...) with the network under another name, both in float32."""
+    with open(GOLDEN / 'edm2_cond.pkl', 'rb') as file: official = pickle.load(file)
+    expected = ect.load_edm(GOLDEN / 'edm2_cond.pkl').state_dict()
+    ema = official['ema'].meta
+    walk = [ema['state']['_modules'][k] for k in ema['state']['_modules']]
+    while walk:                         # to float32, in place
+        at = walk.pop()
+        state = at.meta['state'] if isinstance(at, Persistent) else vars(at)
+        for group in ('_parameters', '_buffers'):
+            state[group] = {k: w if w is None else w.float() for k, w in state[group].items()}
+        walk += state['_modules'].values()
+    (tmp_path / 'ect.pkl').write_bytes(pickle.dumps(dict(ema=Persistent(ema))))
+    modules = ema['state']['_modules']
+    tcms = ema | dict(class_name='ECMPrecond', state=ema['state'] | dict(_modules=dict(model=modules['unet'])))
+    (tmp_path / 'tcm.pkl').write_bytes(pickle.dumps(dict(ema=Persistent(tcms), loss_fn=official['loss_fn'],
+                                                         augment_pipe=None, dataset_kwargs={})))
+    for name, layout in itertools.product(EDM2_METHODS, ('ect', 'tcm')):
+        assert_same(MODULES[name].load_edm(tmp_path / f'{layout}.pkl').state_dict(), expected, rtol=0, atol=0)
+
+
+@needs_golden
+@pytest.mark.parametrize('name, which', [(n, 'edm2_cond') for n in EDM2_METHODS] + [('ect', 'edm_ddpmpp_tiny'),
+                                                                                   ('ict', 'edm_ncsnpp_tiny')])
+def test_a_published_network_is_sampled_without_a_run(name, which, tmp_path, monkeypatch):
+    """--init X.pkl --sample: res and classes come from the file, knobs from the nearest column, nothing of a run."""
+    monkeypatch.chdir(tmp_path)
+    m, pkl = MODULES[name], GOLDEN / f'{which}.pkl'
+    argv = ['--init', str(pkl), '--sample', '12', '--nfe', '2', '--seed', '5', '--save', str(tmp_path / 's.npz')]
+    m.main(argv)
+    found, net = np.load(tmp_path / 's.npz'), m.load_edm(pkl).eval()
+    cond = net.cfg.cond
+    def normals(i):
+        g = generator(m.seed_of(argparse.Namespace(seed=5), 0, i))
+        return torch.stack([torch.randn(3, 16, 16, generator=g) for _ in range(2)])
+    z, noise = torch.stack([normals(i) for i in range(12)], 1)
+    y = torch.arange(12) % 10 if cond else None
+    ts = m.CONFIG['ts'][0]
+    x = m.sample(net, z, ts, y, [noise]).mul(127.5).add(128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert np.abs(found['arr_0'].astype(int) - x.numpy().astype(int)).max() <= 1        # other batches, other rounding
+    assert ('arr_1' in found) == bool(cond) and not Path('runs').exists()
+
+
+@pytest.mark.parametrize('ch, weights', [(128, 124_710_949), (192, 280_209_381), (256, 497_803_173), (320, 777_492_325),
+                                         (384, 1_119_276_837)])
+def test_edm2_has_as_many_weights_as_the_papers_sizes(ch, weights):
+    for name in ('ect', 'sct', 'tcm', 'scm'):
+        arch = ['--arch', 'edm2'] if name == 'scm' else []
+        with torch.device('meta'): net = MODULES[name].UNet(config(name, '--data', 'imagenet64', '--ch', ch, *arch))
+        assert sum(p.numel() for p in net.parameters()) == weights - 128        # of the uncertainty
+    blocks = [b for b in net.modules() if isinstance(b, scm.MPBlock)]
+    assert len(blocks) == 36 and sum(bool(b.heads) for b in blocks) == 15
+    assert sum(isinstance(b.dropout, nn.Dropout) for b in blocks) == 4 + 4 + 6 + 5
+
+
+@pytest.mark.parametrize('name, arch', [('ect', 'edm2'), ('sct', 'edm2'), ('tcm', 'edm2'), ('scm', 'edm2'),
+                                        ('scm', 'scm-edm2')])
+def test_edm2_trains_resumes_and_samples(name, arch, data, tmp_path):
+    """Bit for bit after a resume; before each step the rows of each weight are brought to length 1, and the averages
+    follow the weights as the optimiser left them."""
+    argv = ['--data', data, *TINY, *PHASES[name], '--arch', arch, '--cond', 1, '--dropout', 0.3]
+    go(name, *argv, '--steps', 5, '--out', tmp_path / 'a')
+    parts = go(name, *argv, '--steps', 10, '--out', tmp_path / 'a')
+    whole = go(name, *argv, '--steps', 10, '--out', tmp_path / 'b')
+    assert_same(parts['ema'], whole['ema'], rtol=0, atol=0)
+    still = [*argv, '--steps', 11, '--lr', 1e-12, *(['--lr_stage1', 1e-12] if name == 'tcm' else [])]
+    after = go(name, *still, '--out', tmp_path / 'a')
+    for k, w in after['loss'].items():
+        if k.startswith('net.') and k.endswith('weight'):
+            close(w.square().flatten(1).mean(1).sqrt(), torch.full((len(w),), 1 - 1e-4), rtol=1e-5, atol=0)
+    rms = torch.cat([w.square().flatten(1).mean(1).sqrt() for k, w in after['ema'].items() if k.endswith('weight')])
+    assert (rms - 1).abs().max() > 1e-3
+    go(name, '--out', tmp_path / 'a', '--sample', 4)
+    assert np.load(tmp_path / 'a' / 'samples.npz')['arr_0'].shape == (4, 8, 8, 3)
+
+
+def test_double_normalisation_in_edm2_is_its_formula():
+    torch.manual_seed(0)
+    cfg = config('scm', '--arch', 'scm-edm2', '--ch', 8, '--mult', '1', '--dropout', 0)
+    block = scm.MPBlock(8, 12, cfg, 8, True).double()
+    x, e = torch.randn(2, 8, 4, 4).double(), torch.randn(2, 8).double()
+    n = lambda v, dim: v / (1e-4 + v.square().mean(dim, keepdim=True).sqrt())
+    W = lambda layer: n(layer.weight.flatten(1), 1).view_as(layer.weight) / layer.weight[0].numel()**0.5
+    act = lambda v: nn.functional.silu(v) / 0.596
+    h = nn.functional.conv2d(act(x), W(block.conv0), padding=1)
+    s, b = (e @ W(block.affine).T).split(12, 1)
+    h = act(n(h, 1) * n(s, 1)[:, :, None, None] + n(b, 1)[:, :, None, None])
+    h = nn.functional.conv2d(h, W(block.conv1), padding=1)
+    expected = (0.7 * nn.functional.conv2d(x, W(block.skip)) + 0.3 * h) / 0.58**0.5
+    close(block(x, e), expected, rtol=1e-9, atol=1e-9)
+    net = scm.UNet(config('scm', '--data', 'imagenet64', '--ch', 8, '--arch', 'scm-edm2'))
+    assert not net.edm and not hasattr(net.enc[1], 'gain') and net.freqs.max() == 1 and net.freqs.min() == 1e-4
+    t, k = torch.tensor([0.3]), 1e4 ** (-torch.arange(4) / 3)
+    expected = torch.cat([(t * k).cos(), (t * k).sin()])[None]
+    close((torch.outer(t, net.freqs) + net.phases).cos(), expected, rtol=1e-5, atol=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------- network
 
 @pytest.mark.parametrize('names, argv, weights', [
@@ -1306,7 +1549,7 @@ def random_net(name, *argv):
     return net
 
 
-@pytest.mark.parametrize('name, arch', [('ect', 'ddpmpp'), ('ict', 'ncsnpp')])
+@pytest.mark.parametrize('name, arch', [('ect', 'ddpmpp'), ('ict', 'ncsnpp'), ('ect', 'edm2')])
 def test_network_has_a_forward_mode_derivative(name, arch):
     fourier = ['--fourier', 1] if arch == 'ncsnpp' else []
     net = random_net(name, '--arch', arch, '--cond', 1, '--classes', 3, '--head_dim', 8, *fourier)
