@@ -1736,9 +1736,9 @@ def test_mixed_precision_trains_and_its_scaler_is_saved(name, data, tmp_path):
     go(name, '--data', data, *TINY, *PHASES[name], '--steps', 10, '--amp', 'fp16', '--out', tmp_path / 'fp16')
 
 
-@pytest.mark.parametrize('name', ['ect', 'tcm'])
-def test_half_precision_gradients_are_those_of_float32(name):
-    cfg = config(name, *TINY, '--warmup', 0, '--res', 8, *(['--stage1', 0] if name == 'tcm' else []))
+@pytest.mark.parametrize('name, arch', [('ect', 'ddpmpp'), ('tcm', 'ddpmpp'), ('ect', 'edm2')])
+def test_half_precision_gradients_are_those_of_float32(name, arch):
+    cfg = config(name, *TINY, '--arch', arch, '--warmup', 0, '--res', 8, *(['--stage1', 0] if name == 'tcm' else []))
     loss, u = MODULES[name].Loss(MODULES[name].UNet(cfg), cfg, None), torch.rand(16)
     x, z = torch.randn(2, 16, 3, 8, 8)
     for p in loss.net.parameters(): nn.init.normal_(p, std=0.1)
