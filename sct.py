@@ -793,7 +793,8 @@ def write_samples(cfg, data, rank, world, device):
     net = new_network(cfg).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     if cfg.guidance != 1:
         saved = read_checkpoint(Path(cfg.init).parent)
-        if not saved or not cfg.weak or saved['step'] <= weak_step(cfg): stop('--guidance: no weak model yet: --weak')
+        if not saved or not cfg.weak or saved['step'] <= weak_step(cfg):
+            stop(f'--guidance: {cfg.init} has no weak model yet: --weak')
         net = Guided(net, copy.deepcopy(net), cfg.guidance)
         net.weak.load_state_dict({k[5:]: v for k, v in saved['loss'].items() if k[:5] == 'weak.'})
     if cfg.compile: net.compile(dynamic=False)
