@@ -6,8 +6,8 @@
 Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k slow test_all.py (the default runs).
 Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
 """
-import argparse, ast, contextlib, difflib, hashlib, importlib, io, itertools, json, math, os, pickle, re, shutil, signal
-import struct, subprocess, sys, tarfile, time, zipfile, zlib
+import argparse, ast, contextlib, copy, difflib, hashlib, importlib, io, itertools, json, math, os, pickle, re, shutil
+import signal, struct, subprocess, sys, tarfile, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -1592,6 +1592,59 @@ def test_half_precision_gradients_are_those_of_float32(name):
         assert (grads[amp] - grads['off']).norm() < error * grads['off'].norm()
 
 
+class RoundedTo10Bits(torch.overrides.TorchFunctionMode):
+    """TF32 on any machine: operands of convolutions and products are rounded to 10 bits, sums stay float32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def rounded(v):
+            if not torch.is_tensor(v) or v.dtype != torch.float32: return v
+            return ((v.view(torch.int32) + 0x1000) & ~0x1fff).view(torch.float32)
+        if func in (nn.functional.conv2d, nn.functional.linear, torch.einsum, torch.Tensor.matmul):
+            args = [rounded(a) for a in args[:2]] + list(args[2:]) if func != torch.einsum else [*map(rounded, args)]
+        return func(*args, **kwargs or {})
+
+
+def rounding_errors(net, images, times=(0.1, 1, 5, 20), stages=(4, 8, 16)):
+    """Error of f(x_t) - f(x_r) relative to its own size, against float64 -> {precision: (times, stages)}"""
+    x, g = images / 127.5 - 1, generator(1)
+    z, exact_net, errors = torch.randn(x.shape, generator=g), copy.deepcopy(net).double(), {}
+    ways = dict(off=contextlib.nullcontext, tf32=RoundedTo10Bits,
+                fp16=lambda: torch.autocast('cpu', torch.float16), bf16=lambda: torch.autocast('cpu', torch.bfloat16))
+    with torch.no_grad():
+        for name, way in ways.items():
+            errors[name] = torch.zeros(len(times), len(stages))
+            for i, t in enumerate(times):
+                for j, a in enumerate(stages):
+                    r = t * (1 - (1 + 8 / (1 + math.exp(t))) / 2**a)
+                    if r <= 0: continue         # the target is the image
+
+                    def difference(net, x, z):
+                        T, R = (torch.full((len(x),), v, dtype=torch.float64) for v in (t, r))
+                        return ect.f(net, x + t * z, T) - ect.f(net, x + r * z, R)
+                    exact = difference(exact_net, x.double(), z.double())
+                    with way(): got = difference(net, x, z)
+                    per = (got - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+                    errors[name][i, j] = per.median()
+    return errors
+
+
+def test_late_stages_need_true_float32(tmp_path):
+    """What rounding does to f(x_t) - f(x_r), by precision and stage, on a briefly trained network: half precision and
+    TF32 drown late stages in noise, float32 reaches them all. pytest -s prints it."""
+    saved = go('ect', *'--steps 80 --warmup 80 --lr_warmup 5e-3 --ch 16 --log_every 50 --out'.split(), tmp_path)
+    net = ect.UNet(argparse.Namespace(**saved['config'])).eval()
+    net.load_state_dict({k[4:]: v for k, v in saved['loss'].items()})
+    errors = rounding_errors(net, ect.glyphs(16, 8)[0].float())
+    print({name: [[f'{v:.2g}' for v in row] for row in table.tolist()] for name, table in errors.items()})
+    off, tf32, fp16, bf16 = errors.values()
+    assert off[:, 1].max() < 2e-3 and off[:, 2].max() < 0.5         # stages 8 and 16
+    assert fp16[:, 0].max() < 0.3 and min(fp16[1:, 2].min(), tf32[1:, 2].min()) > 1
+    for table in errors.values():       # each stage doubles it
+        growth = table[:, 1] / table[:, 0]
+        assert 2**3 < growth.min() and growth.max() < 2**5
+    assert 0.1 < (tf32 / fp16)[:, 1].min() and (tf32 / fp16)[:, 1].max() < 1.5 and (bf16 / fp16)[:, 1].min() > 3
+
+
 @every_method
 def test_checkpoint_is_plain_data_that_stands_alone(name, data, tmp_path):
     saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 8, '--out', tmp_path / 'run')
@@ -2390,6 +2443,12 @@ def test_the_reference_follows_from_the_size_of_the_samples(small, capfd, monkey
     arrays(s=pictures(40, 32))
     assert 's.npz holds 40 images, fewer than 50000' in refuses(capfd, 's.npz')
     assert score(capfd, 's.npz', '--num', 40)[0]['reference'] == 'cifar10'
+    statistics, urls, fetch = dict(mu=np.zeros(15), sigma=np.eye(15)), [], fid.fetch
+    Path('datasets/img64.pkl').write_bytes(pickle.dumps(dict(num_images=9, fid=statistics)))         # EDM2's
+    monkeypatch.setattr(fid, 'fetch', lambda url, *sha256: urls.append(url) or fetch(url, *sha256))
+    arrays(s=pictures(40, 64))
+    assert score(capfd, 's.npz', '--num', 40)[0]['reference'] == 'imagenet64'
+    assert 'https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/img64.pkl' in urls
     arrays(s=pictures(40, 24))
     assert 'the samples are 24 x 24: name what to compare them with by --ref' in refuses(capfd, 's.npz')
 
