@@ -24,7 +24,7 @@ or editing. There is no official code; where the paper's text was not at hand th
 - From second-hand copies of the paper: N(k), proposal, d, w, EMA, batch, RAdam's learning rate.
 - From memory: dropout 0.3 (ImageNet-64: 0.2, there on all resolutions, in the paper on those of 16 and below), flips,
   the ImageNet-64 EMA and length.
-- The ImageNet-64 network is a DDPM++, not the paper's ADM.
+- The ImageNet-64 network is a DDPM++, not the paper's ADM; that it runs in fp16 is CT's.
 """
 import argparse, contextlib, copy, csv, hashlib, io, json, math, os, pickle, signal, socket, sys, tarfile, time
 import warnings, zipfile

@@ -29,8 +29,8 @@ There is no official code, and the paper's equations were not at hand. From its 
 ideas, and that all images are the best references. From ECT's code: what the knobs cite. Derived: m, the segments (as
 in multistep consistency models). Our choices:
 - References: all images, if conditional those of x's class; for the digits the step's batch (--refs). They stay uint8,
-  5000 at once become float32: 0.2 GB a process at 32 x 32, on ImageNet-64 for one class after the other as much, beside
-  the 16 GB of the data set, on the GPU if a third of its memory holds them. Where r = 0 the target is m.
+  5000 at once become float32: 0.3 GB a process at 32 x 32; on ImageNet-64, class by class, 0.2 GB, beside the 16 GB of
+  the data set, which go to the GPU if a third of its free memory holds them. Where r = 0 the target is m.
 - The schedule, w, d, c, EMA, network and evaluation are ECT's (ect.py). What makes the paper's schedule smoother is
   unknown; --smooth 1 is ECT's with the real exponent 1 + step / d, equal to it where a stage begins.
 - In phased training r stays at or above the lower edge s of t's segment and (s/t) x_t + (1 - s/t) f is trained.
