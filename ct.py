@@ -15,7 +15,8 @@ images in [-1, 1]; eps = 0.002. With --teacher, x_r comes from a diffusion model
 
     python ct.py                                    # embedded digits from scratch, pictures
     python ct.py --data cifar10 --gpus 8            # the paper's CIFAR-10 recipe, with LPIPS (--metric l2: without)
-    python ct.py --data cifar10 --teacher datasets/edm-cifar10-32x32-uncond-vp.pkl          # CD
+    python ct.py --data cifar10 --teacher datasets/edm-cifar10-32x32-uncond-ve.pkl --ts 80,0.5853       # CD
+    python ct.py --data imagenet64 --teacher TEACHER --steps 600000 --ts 80,1.3824 --gpus 8         # CD
     python ct.py --out runs/ct-cifar10 --sample 50000 --nfe 2 --save samples.npz
     python ct.py --out runs/ct-glyphs --edit inpaint            # also colour, superres, interpolate
 
@@ -28,7 +29,10 @@ Sources: the paper, and its code openai/consistency_models (e32b69e; torch) and 
 - A second step's noise level for CIFAR-10 was not published; 0.821 is iCT's.
 - The ImageNet-64 recipe follows the paper's table (lr 8e-6; launch.sh: 1e-4) from random weights, with a DDPM++ for the
   code's ADM network.
-- Distillation starts from its teacher's weights; N and mu are constant (knobs N and mu).
+- Distillation starts from its teacher's weights; N and mu are constant (knobs N and mu). On CIFAR-10 the teacher is
+  EDM's NCSN++, the VE checkpoint (the paper: its own run of that); the second noise level is from the notebook. On
+  ImageNet-64 it was an ADM network, which is not read here: TEACHER is the latest.pt of
+  ect.py --data imagenet64 --init none --arch ddpmpp --steps 400000 --warmup 400000.
 """
 import argparse, contextlib, copy, csv, hashlib, io, json, math, os, pickle, signal, socket, sys, tarfile, time
 import warnings, zipfile
@@ -121,6 +125,10 @@ class Loss(nn.Module):
         lr = self.cfg.lr * (1 - step / self.cfg.steps if self.cfg.anneal else 1)
         return 'cd' if self.teacher else 'ct', 0, lr, self.cfg.batch
 
+    def optimiser(self, weights, step):
+        """A new one, as a phase begins; its learning rate is set in each step."""
+        return getattr(torch.optim, self.cfg.opt)(weights, betas=(0.9, self.cfg.beta2), foreach=True)
+
     def begin(self, ema):
         """Called before the first step."""
 
@@ -201,7 +209,7 @@ CHOICES = dict(metric=('lpips', 'l1', 'l2'), arch=('ddpmpp', 'ncsnpp'),
                edit=('none', 'inpaint', 'colour', 'superres', 'interpolate'),
                opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'))
 
-# ===== From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (sct, scm) =====
+# === From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (ect, sct, scm) ===
 
 # ------------------------------------------------------------------------------------------------------- LPIPS
 
@@ -534,13 +542,12 @@ def train(cfg, data, rank, world, device):
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     loss_fn = Loss(net, cfg, (images, labels)).to(device)
     weights = [p for p in loss_fn.parameters() if p.requires_grad]
-    new_optimiser = lambda: getattr(torch.optim, cfg.opt)(weights, lr=cfg.lr, betas=(0.9, cfg.beta2), foreach=True)
-    opt, scaler, start = new_optimiser(), torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16'), 0
+    start, scaler = saved['step'] if saved else 0, torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16')
+    opt = loss_fn.optimiser(weights, start)
     if saved:
         with reading(out / 'latest.pt', ': do the flags fit it?'):
             for part, name in ((loss_fn, 'loss'), (ema, 'ema'), (opt, 'opt')): part.load_state_dict(saved[name])
             if saved['scaler'] and cfg.amp == 'fp16': scaler.load_state_dict(saved['scaler'])
-        start = saved['step']
     if cfg.compile: net.compile(dynamic=False)
     step_fn = loss_fn if world == 1 else nn.parallel.DistributedDataParallel(loss_fn, broadcast_buffers=False)
     if rank == 0:
@@ -557,7 +564,7 @@ def train(cfg, data, rank, world, device):
         if batch < world: stop(f'{world} processes for a batch of {batch}')
         if step == first:
             loss_fn.begin(ema)
-            opt = new_optimiser()
+            opt = loss_fn.optimiser(weights, step)
         for group in opt.param_groups: group['lr'] = lr
         if 'edm2' in cfg.arch: net.normalise()
 

@@ -15,16 +15,20 @@ t is the standard deviation of the noise, in units of images in [-1, 1].
 
     python ect.py                                   # embedded digits: diffusion warm-up, then ECT, pictures
     python ect.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe, from EDM's checkpoint
-    python ect.py --data cifar10 --q 256 --d 10000000 --steps 8000 --ema 0.9993        # its one-hour recipe
+    python ect.py --data cifar10 --steps 200000     # the same in half the steps, 25,000 a stage
+    python ect.py --data cifar10 --q 256 --steps 8000 --ema 0.9993      # its one-hour recipe, one stage
+    python ect.py --data imagenet64 --gpus 8        # its ImageNet-64 recipe, EDM2-S
     python ect.py --out runs/ect-cifar10 --sample 50000 --nfe 2 --save samples.npz
 
 Sources: the paper, and its code locuslab/ect (main 4311059; branch imgnet 75aa88a for ImageNet-64). Where they
 leave a choice or we differ:
 - The code's eval mode puts sigma - 0.003 for sigma in c_skip and c_out; its train mode and its ImageNet-64 branch
-  do not. We never do: f(x, 0) = x, the function that was trained.
+  do not. So do samples of CIFAR-10, for the published numbers; --shift 0 samples the function that was trained.
+- d is printed for 200k steps on CIFAR-10, an eighth of them, so that 1 - r/t ends at n/256; other lengths likewise.
+- On ImageNet-64 the code keeps four averages, decay 0.9999 and three of power form; which one its FIDs took is not
+  known. Ours is 0.9999.
 - The code replaces NaN gradients by 0; we stop at the next status line, before anything is saved.
 - Stage a counts from 1 at step 0, as in the paper; the code changes stages one step later.
-- The ImageNet-64 recipe uses a DDPM++ of about EDM2-S's size from scratch, not EDM2's network and checkpoint.
 - The diffusion warm-up for runs without a checkpoint is EDM's loss (r = 0): lengths and learning rates are ours.
 """
 import argparse, contextlib, copy, csv, hashlib, io, json, math, os, pickle, signal, socket, sys, tarfile, time
@@ -46,13 +50,14 @@ from torch.nn.functional import affine_grid, avg_pool2d, conv2d, grid_sample, in
 SD = 0.5                                # sigma_d, the standard deviation of the data
 
 
-def f(net, x, t, labels=None):
+def f(net, x, t, labels=None, shift=0):
     """Consistency function: x (B, 3, H, W) at noise level t (B,) or (B, 1, 1, 1) -> estimate of x_0, like x.
 
-    EDM's preconditioning [Karras et al. 2022, Table 1], so f(x, 0) = x; net is the raw network F."""
+    EDM's preconditioning [Karras et al. 2022, Table 1], so f(x, 0) = x; net is the raw network F. Samples may use
+    a shift of t in two of its factors."""
     t = t.to(x).view(-1, 1, 1, 1)
-    c_skip = SD**2 / (t**2 + SD**2)
-    c_out = t * SD / (t**2 + SD**2).sqrt()
+    c_skip = SD**2 / ((t - shift)**2 + SD**2)
+    c_out = (t - shift) * SD / (t**2 + SD**2).sqrt()
     c_in = 1 / (t**2 + SD**2).sqrt()
     c_noise = t.flatten().log() / 4
     return c_skip * x + c_out * net(c_in * x, c_noise, labels)
@@ -64,6 +69,7 @@ class Loss(nn.Module):
     def __init__(self, net, cfg, data):
         super().__init__()
         self.net, self.cfg = net, cfg
+        cfg.d = cfg.d or max(1, math.ceil((cfg.steps - cfg.warmup) * math.log(cfg.q, 256)))
 
     def forward(self, x, labels, u, z, step):
         """x (B, 3, H, W) in [-1, 1], labels (B,) or None, u uniform (B,), z normal like x -> loss per sample (B,)."""
@@ -103,6 +109,10 @@ class Loss(nn.Module):
         if cfg.anneal: lr *= (cfg.steps - step) / (cfg.steps - cfg.warmup)
         return 'ect', cfg.warmup, lr, cfg.batch
 
+    def optimiser(self, weights, step):
+        """A new one, as a phase begins; its learning rate is set in each step."""
+        return getattr(torch.optim, self.cfg.opt)(weights, betas=(0.9, self.cfg.beta2), foreach=True)
+
     def begin(self, ema):
         """Called as a phase begins: it starts from the averaged weights of the last."""
         self.net.load_state_dict(ema.state_dict())
@@ -127,12 +137,12 @@ def same_dropout(x):
 
 
 @torch.no_grad()
-def sample(net, z, ts, labels=None, noise=None):
+def sample(net, z, ts, labels=None, noise=None, shift=0):
     """Standard normal z (B, 3, H, W) -> images in about [-1, 1]: one network evaluation for each noise level in ts."""
-    x = f(net, ts[0] * z, torch.full((len(z),), ts[0]), labels)
+    x = f(net, ts[0] * z, torch.full((len(z),), ts[0]), labels, shift)
     for i, t in enumerate(ts[1:]):
         x = x + t * (torch.randn_like(z) if noise is None else noise[i])
-        x = f(net, x, torch.full((len(z),), t), labels)
+        x = f(net, x, torch.full((len(z),), t), labels, shift)
     return x
 
 # ------------------------------------------------------------------------------------------------------ recipe
@@ -155,11 +165,12 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     P_mean=(        0.0,          -1.1,         -0.8,         'ln t ~ N(P_mean, P_std^2) [loss.py]; may be negative'),
     P_std=(         1.3,          2.0,          1.6,          'its standard deviation'),
     q=(             2.0,          2.0,          4.0,          '1 - r/t is n(t) / q^a in stage a [loss.py]'),
-    d=(             400,          25_000,       25_000,       'steps per stage [run_ecm.sh: 250 ticks of 100]'),
+    d=(             400,          0,            0,            'steps per stage; 0: 1 - r/t ends at n/256 [run_ecm.sh]'),
     k=(             8.0,                                      'n(t) = 1 + k sigmoid(-b t) [loss.py]'),
     b=(             1.0,                                      'rate in n(t) [loss.py]'),
     c=(             0.03,         0.0,          0.06,         'pseudo-Huber constant; 0: the plain norm [run_ecm.sh]'),
     weight=(        '1/c_out^2',  '1/(t-r)',    '1/c_out^2',  'w(t, r); 1/c_out^2 = 1/t^2 + 1/sigma_d^2'),
+    shift=(         0.0,          0.003,        0.0,          'samples: t - shift in c_skip and c_out [networks.py]'),
     ts=(            (20, 1),      (80, 0.821),  (80, 1.526),  'noise levels of the sampler, the first --nfe of them'),
     init=(          'none',       EDM,          EDM2,         'none, our checkpoint, EDM, EDM2, ECT, TCM .pkl'),
     res=(           16,           32,           64,           'image side'),
@@ -182,7 +193,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
 CHOICES = dict(weight=('1/(t-r)', '1/c_out^2'), arch=('ddpmpp', 'edm2'),
                opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'))
 
-# ===== From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (sct, scm) =====
+# === From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (ect, sct, scm) ===
 
 # ----------------------------------------------------------------------------------------------------- network
 
@@ -569,13 +580,12 @@ def train(cfg, data, rank, world, device):
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     loss_fn = Loss(net, cfg, (images, labels)).to(device)
     weights = [p for p in loss_fn.parameters() if p.requires_grad]
-    new_optimiser = lambda: getattr(torch.optim, cfg.opt)(weights, lr=cfg.lr, betas=(0.9, cfg.beta2), foreach=True)
-    opt, scaler, start = new_optimiser(), torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16'), 0
+    start, scaler = saved['step'] if saved else 0, torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16')
+    opt = loss_fn.optimiser(weights, start)
     if saved:
         with reading(out / 'latest.pt', ': do the flags fit it?'):
             for part, name in ((loss_fn, 'loss'), (ema, 'ema'), (opt, 'opt')): part.load_state_dict(saved[name])
             if saved['scaler'] and cfg.amp == 'fp16': scaler.load_state_dict(saved['scaler'])
-        start = saved['step']
     if cfg.compile: net.compile(dynamic=False)
     step_fn = loss_fn if world == 1 else nn.parallel.DistributedDataParallel(loss_fn, broadcast_buffers=False)
     if rank == 0:
@@ -592,7 +602,7 @@ def train(cfg, data, rank, world, device):
         if batch < world: stop(f'{world} processes for a batch of {batch}')
         if step == first:
             loss_fn.begin(ema)
-            opt = new_optimiser()
+            opt = loss_fn.optimiser(weights, step)
         for group in opt.param_groups: group['lr'] = lr
         if 'edm2' in cfg.arch: net.normalise()
 
@@ -677,7 +687,7 @@ def generate(cfg, net, index, ts, device):
         return torch.stack([torch.randn(3, cfg.res, cfg.res, generator=g) for _ in ts])
     z, *noise = torch.stack([normals(i) for i in index.tolist()], 1).to(device)
     labels = classes_of(cfg, index).to(device) if cfg.cond else None
-    with autocast(cfg, device): x = sample(net, z, ts, labels, noise)
+    with autocast(cfg, device): x = sample(net, z, ts, labels, noise, cfg.shift)
     if not x.isfinite().all(): raise FloatingPointError('the network returns NaN')
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)      # to the nearest level, as EDM does
 

@@ -317,7 +317,7 @@ WEIGHTS = dict(                         # model: url, sha256
             'd5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428'))
 CIFAR10 = ('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
            'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
-EDM_REFS = 'https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/'     # mu, sigma of whole training sets; no hash published
+NVLABS = 'https://nvlabs-fi-cdn.nvidia.com/'    # mu, sigma of whole training sets, EDM's and EDM2's; no hash published
 DIGITS = Path('datasets/digits.pt')
 
 
@@ -535,7 +535,8 @@ def reference(cfg, size):
         path.parent.mkdir(exist_ok=True)
         write(path, lambda file: np.savez(file, glyphs()[0].permute(0, 2, 3, 1)))
     elif named and cfg.resize == 'tf':
-        path = fetch(EDM_REFS + dict(cifar10='cifar10-32x32.npz', imagenet64='imagenet-64x64.npz')[name])
+        path = fetch(NVLABS + dict(cifar10='edm/fid-refs/cifar10-32x32.npz',
+                                   imagenet64='edm2/dataset-refs/img64.pkl')[name])
     elif named: path = fetch(*CIFAR10) if name == 'cifar10' else Path('datasets/imagenet-64x64.zip')
     elif '://' in name: path = fetch(name)
     found = read_statistics(path, cfg.model)

@@ -18,6 +18,7 @@ deviation of the noise, in units of images in [-1, 1].
 
     python scm.py                                   # embedded digits: diffusion warm-up, then sCT, pictures
     python scm.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe; --scd 1 --dropout 0: sCD
+    python scm.py --data imagenet64 --gpus 8        # the paper's ImageNet-64 recipe, size S
     python scm.py --data cifar10 --teacher datasets/edm-cifar10-32x32-uncond-vp.pkl --dropout 0     # sCD of EDM's
     python scm.py --out runs/scm-cifar10 --sample 50000 --nfe 2 --save samples.npz
     python scm.py --out runs/scm-cifar10 --sample 50000 --heun 18       # of the diffusion model, 35 evaluations
@@ -30,10 +31,13 @@ Where they leave a choice or we differ:
 - w is a linear layer on 128 positional features of t, zero at the start of each stage, as in EDM2.
 - On CIFAR-10 the length of the second stage and the levels of the first are not printed: a reproduction's 400,000
   steps, EDM's levels.
-- g is computed in float32 (TF32 on a GPU) whatever --amp: in bf16 it would be some per cent off.
+- The warm-ups are those of EDM and EDM2 (Adam, ramp of the learning rate), on CIFAR-10 without EDM's augmentation (0.12
+  in a reproduction) and flips: a page of code and one more input, for a diffusion model that EDM's own checkpoint can
+  replace (--arch ddpmpp). float32 there: DDPM++ has been called unstable in fp16.
+- g is computed in float32 (TF32 unless --amp off) whatever --amp: in bf16 it would be some per cent off. So fp16, the
+  paper's on ImageNet-64, is that of the warm-up; TF32 has as many bits. --amp off is safest.
 - --arch ddpmpp and ncsnpp are EDM's networks through the exact map t = arctan(sigma / sigma_d), F = -F_EDM, which takes
   EDM's and ect.py's weights. FID 3.2 in one step has been reported for that by others.
-- The ImageNet-64 network is a DDPM++ from scratch with the same changes, not the paper's EDM2.
 """
 import argparse, contextlib, copy, csv, hashlib, io, json, math, os, pickle, signal, socket, sys, tarfile, time
 import warnings, zipfile
@@ -108,9 +112,9 @@ class Loss(nn.Module):
         return w.exp() * error.square().mean((1, 2, 3)) - w
 
     def levels(self, u, step):
-        """u uniform (B,) -> times t (B,), float64. In the warm-up ln(sigma_d tan t) ~ N(-1.2, 1.2^2) as EDM."""
+        """u uniform (B,) -> times t (B,), float64."""
         cfg = self.cfg
-        mean, std = (-1.2, 1.2) if step < cfg.warmup else (cfg.P_mean, cfg.P_std)
+        mean, std = (cfg.P_mean_warmup, cfg.P_std_warmup) if step < cfg.warmup else (cfg.P_mean, cfg.P_std)
         sigma = torch.exp(mean + std * torch.special.ndtri(u.double()))
         return torch.arctan(sigma / SD)
 
@@ -136,10 +140,18 @@ class Loss(nn.Module):
     def phase(self, step):
         """-> name, first step, learning rate, images per step"""
         cfg = self.cfg
-        if step < cfg.warmup: return 'diffusion', 0, cfg.lr_warmup, cfg.batch
+        if step < cfg.warmup:
+            ramp = min(step * cfg.batch / cfg.ramp, 1) if cfg.ramp else 1
+            return 'diffusion', 0, ramp * cfg.lr_warmup / max(step / cfg.t_ref, 1)**0.5, cfg.batch
         lr = cfg.lr / max((step - cfg.warmup) / cfg.t_ref, 1)**0.5
         if cfg.anneal: lr *= (cfg.steps - step) / (cfg.steps - cfg.warmup)
         return 'scd' if self.distils else 'sct', cfg.warmup, lr, cfg.batch
+
+    def optimiser(self, weights, step):
+        """A new one, as a phase begins; its learning rate is set in each step."""
+        cfg = self.cfg
+        kind, beta2 = (cfg.opt_warmup, cfg.beta2_warmup) if step < cfg.warmup else (cfg.opt, cfg.beta2)
+        return getattr(torch.optim, kind)(weights, betas=(0.9, beta2), eps=cfg.eps, foreach=True)
 
     def begin(self, ema):
         """Called as a phase begins: it starts from the averaged weights of the last, the teacher of sCD."""
@@ -149,8 +161,9 @@ class Loss(nn.Module):
 
     def averages(self, ema, step):
         """-> [(network that follows self.net, decay)], called after each step."""
-        power = (1 - 1 / (step - self.phase(step)[1] + 1))**(self.cfg.ema_gamma + 1)
-        return [(ema, power if self.cfg.ema_gamma else self.cfg.ema)]
+        cfg = self.cfg
+        gamma, first = (cfg.ema_gamma_warmup, 0) if step < cfg.warmup else (cfg.ema_gamma, cfg.warmup)
+        return [(ema, (1 - 1 / (step - first + 1))**(gamma + 1) if gamma else cfg.ema)]
 
 
 def frozen(net):
@@ -195,20 +208,27 @@ def heun(net, z, t_max, n, labels=None):
 # ------------------------------------------------------------------------------------------------------ recipe
 
 CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]), or one value for all three
-    steps=(         5050,         800_000,      800_000,      'optimiser steps in all'),
-    warmup=(        2600,         400_000,      400_000,      'of these, diffusion [Table 4]; 0: none, with --init'),
-    batch=(         32,           512,          2048,         'images per step over all processes [Table 4]'),
-    lr=(            5e-4,         1e-4,         1e-4,         'learning rate [Table 5]'),
-    lr_warmup=(     2e-3,         1e-3,         1e-3,         'learning rate of the warm-up [Table 4]'),
+    steps=(         5050,         800_000,      1_448_576,    'optimiser steps in all: warm-up and 400k [Table 5]'),
+    warmup=(        2600,         400_000,      1_048_576,    'of these, diffusion [G.1, Table 4]; 0: none, --init'),
+    batch=(         32,           512,          2048,         'images per step over all processes [G.1, Table 4]'),
+    lr=(            5e-4,         1e-4,         1e-4,         'learning rate [G.2, Table 5]'),
+    lr_warmup=(     2e-3,         1e-3,         1e-2,         'learning rate of the warm-up [G.1, Table 4]'),
+    ramp=(          0,            10_000_000,   10_000_000,   'images in which it rises [EDM, EDM2]; 0: at once'),
     opt=(           'RAdam',      'RAdam',      'Adam',       'optimiser [G.2]'),
+    opt_warmup=(    'RAdam',      'Adam',       'Adam',       'optimiser of the warm-up [G.1]'),
     beta2=(         0.99,                                     'second moment decay, in [0, 1) [G.2]'),
-    t_ref=(         math.inf,     math.inf,     35_000,       'lr / sqrt(max(step / t_ref, 1))'),
+    beta2_warmup=(  0.99,         0.999,        0.99,         'of the warm-up, in [0, 1) [G.1]'),
+    eps=(           1e-8,         1e-8,         1e-11,        'epsilon of both optimisers [G.1, G.2]'),
+    t_ref=(         math.inf,     math.inf,     35_000,       'lr / sqrt(max(step / t_ref, 1)), both stages [Table 4]'),
     anneal=(        1,            0,            0,            '1: lr falls linearly to 0 after the warm-up'),
     ema=(           0.998,        0.99929,      0.99929,      'decay of the average [G.2: half-life 0.5 M images]'),
-    ema_gamma=(     0.0,          0.0,          16.97,        'decay (1 - 1/step)^(ema_gamma + 1); 0: ema'),
+    ema_gamma=(     0.0,          0.0,          16.97,        'decay (1 - 1/step)^(ema_gamma + 1), std 0.05; 0: ema'),
+    ema_gamma_warmup=(0.0,        0.0,          10.289,       'the same of the warm-up, std 0.075 [Table 4]'),
     clip=(          math.inf,                                 'gradient norm limit'),
-    P_mean=(        -1.0,                                     'of ln(sigma_d tan t) [Table 5]; may be negative'),
+    P_mean=(        -1.0,                                     'of ln(sigma_d tan t) [G.2, Table 5]; may be negative'),
     P_std=(         1.4,          1.4,          1.6,          'its standard deviation'),
+    P_mean_warmup=( -1.2,         -1.2,         -0.8,         'of the warm-up [EDM; Table 4]; may be negative'),
+    P_std_warmup=(  1.2,          1.2,          1.6,          'its standard deviation'),
     H=(             300,          10_000,       10_000,       'steps in which the second half of g enters [G.2]'),
     c=(             0.1,                                      'g / (|g| + c) [4.2]'),
     tangent=(       'l2',                                     'g is bounded by its norm, its rms, or value by value'),
@@ -231,15 +251,16 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     dropout=(       0.0,          0.2,          0.45,         'dropout rate in [0, 1) of sCT [Table 5; sCD: 0]'),
     dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout [Table 4]'),
     dropout_warmup=(0.0,          0.13,         0.0,          'dropout rate in [0, 1) of the warm-up [Table 4]'),
-    amp=(           'off',        'off',        'tf32',       'precision on a GPU; off: float32. On a CPU: off'),
+    amp=(           'off',        'off',        'fp16',       'precision on a GPU; off: float32. On a CPU: off'),
     seed=(          0,                                        'of all random numbers; may be negative'),
     save_every=(    1000,         10_000,       5000,         'steps between checkpoints and sample grids'),
     log_every=(     50,           100,          100,          'steps between status lines'),
 )
 CHOICES = dict(tangent=('l2', 'rms', 'clip'), arch=('scm', 'scm-edm2', 'ddpmpp', 'edm2'),
-               opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'))
+               opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'),
+               opt_warmup=('RAdam', 'Adam'))
 
-# ===== From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (sct, scm) =====
+# === From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (ect, sct, scm) ===
 
 # ----------------------------------------------------------------------------------------------------- network
 
@@ -671,13 +692,12 @@ def train(cfg, data, rank, world, device):
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     loss_fn = Loss(net, cfg, (images, labels)).to(device)
     weights = [p for p in loss_fn.parameters() if p.requires_grad]
-    new_optimiser = lambda: getattr(torch.optim, cfg.opt)(weights, lr=cfg.lr, betas=(0.9, cfg.beta2), foreach=True)
-    opt, scaler, start = new_optimiser(), torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16'), 0
+    start, scaler = saved['step'] if saved else 0, torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16')
+    opt = loss_fn.optimiser(weights, start)
     if saved:
         with reading(out / 'latest.pt', ': do the flags fit it?'):
             for part, name in ((loss_fn, 'loss'), (ema, 'ema'), (opt, 'opt')): part.load_state_dict(saved[name])
             if saved['scaler'] and cfg.amp == 'fp16': scaler.load_state_dict(saved['scaler'])
-        start = saved['step']
     if cfg.compile: net.compile(dynamic=False)
     step_fn = loss_fn if world == 1 else nn.parallel.DistributedDataParallel(loss_fn, broadcast_buffers=False)
     if rank == 0:
@@ -694,7 +714,7 @@ def train(cfg, data, rank, world, device):
         if batch < world: stop(f'{world} processes for a batch of {batch}')
         if step == first:
             loss_fn.begin(ema)
-            opt = new_optimiser()
+            opt = loss_fn.optimiser(weights, step)
         for group in opt.param_groups: group['lr'] = lr
         if 'edm2' in cfg.arch: net.normalise()
 

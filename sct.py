@@ -14,21 +14,25 @@ where ECT has x for m. Here m is the mean of x given x_t over reference images y
     m = sum_i w_i y_i,     w_i = softmax_i( -|x_t - y_i|^2 / 2 t^2 ).
 
 Given x_t and the set, w_i is the probability that x_t was made from y_i. So m has x's conditional mean for every n, and
-less variance; n = 1 is ECT. d is the unsquared L2 norm over the whole image, and r approaches t continuously:
-r = max(0, t (1 - n(t) / q^a)), n(t) = 1 + k sigmoid(-b t), a = 1 + step / d. t is the standard deviation of the noise,
-in units of images in [-1, 1].
+less variance; n = 1 is ECT. d is the unsquared L2 norm over the whole image, and r approaches t in stages a = 1, 2,
+...: r = max(0, t (1 - n(t) / q^a)), n(t) = 1 + k sigmoid(-b t). t is the standard deviation of the noise, in units of
+images in [-1, 1].
 
     python sct.py                                   # embedded digits: diffusion warm-up, then SCT, pictures
-    python sct.py --data cifar10 --gpus 8           # ECT's CIFAR-10 recipe, from EDM's checkpoint
-    python sct.py --data cifar10 --refs 50000       # the whole data set as references
+    python sct.py --data cifar10 --gpus 8           # ECT's CIFAR-10 recipe; references: all images
+    python sct.py --data imagenet64 --gpus 8        # ECT's ImageNet-64 recipe; references: all images of x's class
     python sct.py --out runs/sct-cifar10 --sample 50000 --nfe 2 --guidance 1.5 --save samples.npz
     python sct.py --edges 0.5,2,6 --ts 20 --out runs/sct-phased         # four segments of t: samples take four steps
 
-Differs from ect.py only in: m, the real exponent a, segments of t, guidance by the network's own earlier average.
+Differs from ect.py only in: m, a schedule to choose, segments of t, guidance by the network's own earlier average.
 There is no official code, and the paper's equations were not at hand. From its abstract, captions, reviews: the four
-ideas. From ECT's code: what the knobs cite. Derived: m, the segments (as in multistep consistency models). Our choices:
-- References: --refs, the step's whole batch by default; conditional: those of x's class. Where r = 0 the target is m.
-- The smoother schedule is ECT's with a real exponent, equal to it where a stage begins; w, d, c, EMA, network: ECT's.
+ideas, and that all images are the best references. From ECT's code: what the knobs cite. Derived: m, the segments (as
+in multistep consistency models). Our choices:
+- References: all images, if conditional those of x's class; for the digits the step's batch (--refs). They stay uint8,
+  5000 at once become float32: 0.3 GB a process at 32 x 32; on ImageNet-64, class by class, 0.2 GB, beside the 16 GB of
+  the data set, which go to the GPU if a third of its free memory holds them. Where r = 0 the target is m.
+- The schedule, w, d, c, EMA, network and evaluation are ECT's (ect.py). What makes the paper's schedule smoother is
+  unknown; --smooth 1 is ECT's with the real exponent 1 + step / d, equal to it where a stage begins.
 - In phased training r stays at or above the lower edge s of t's segment and (s/t) x_t + (1 - s/t) f is trained.
   The sampler steps past each edge, to eta times it, along the same line; the paper's edges and eta are unknown.
 - Guidance: f_weak + w (f - f_weak), f_weak the average weights at half the training; the paper's w is unknown.
@@ -52,14 +56,15 @@ from torch.nn.functional import affine_grid, avg_pool2d, conv2d, grid_sample, in
 SD = 0.5                                # sigma_d, the standard deviation of the data
 
 
-def f(net, x, t, labels=None, s=0):
+def f(net, x, t, labels=None, s=0, shift=0):
     """Consistency function: x (B, 3, H, W) at noise level t (B,) or (B, 1, 1, 1) -> estimate of x_0, or in phased
     training of x_s, s (B, 1, 1, 1) the lower edge of t's segment; like x.
 
-    EDM's preconditioning [Karras et al. 2022, Table 1], so f(x, 0) = x; net is the raw network F."""
+    EDM's preconditioning [Karras et al. 2022, Table 1], so f(x, 0) = x; net is the raw network F. Samples may use
+    a shift of t in two of its factors."""
     t = t.to(x).view(-1, 1, 1, 1)
-    c_skip = SD**2 / (t**2 + SD**2)
-    c_out = t * SD / (t**2 + SD**2).sqrt()
+    c_skip = SD**2 / ((t - shift)**2 + SD**2)
+    c_out = (t - shift) * SD / (t**2 + SD**2).sqrt()
     c_in = 1 / (t**2 + SD**2).sqrt()
     c_noise = t.flatten().log() / 4
     x_0 = c_skip * x + c_out * net(c_in * x, c_noise, labels)
@@ -73,10 +78,11 @@ class Loss(nn.Module):
     def __init__(self, net, cfg, data):
         super().__init__()
         self.net, self.cfg, self.data, self.weak = net, cfg, data, frozen(net) if cfg.weak else None
+        cfg.d = cfg.d or max(1, math.ceil((cfg.steps - cfg.warmup) * math.log(cfg.q, 256)))
         self.edges = torch.tensor([0.0, *cfg.edges], dtype=torch.float64)
         if (self.edges.diff() <= 0).any(): stop(f'--edges {cfg.edges}: they must be positive and rise')
-        if 1 < cfg.refs < cfg.batch: stop(f'--refs {cfg.refs}: 0, 1, or at least the batch, {cfg.batch}')
-        if cfg.refs > 1:                # image numbers of each class
+        if 1 < cfg.refs < cfg.batch: stop(f'--refs {cfg.refs}: 0, 1, or at least the batch, {cfg.batch}, or inf')
+        if cfg.refs != 1 and data:      # image numbers of each class
             classes = data[1] if cfg.cond else torch.zeros(len(data[0]), dtype=torch.int64)
             self.members = classes.argsort(stable=True).split(classes.bincount().tolist())
 
@@ -91,7 +97,7 @@ class Loss(nn.Module):
         cfg = self.cfg
         t = torch.exp(cfg.P_mean + cfg.P_std * torch.special.ndtri(u.double()))
         a = (step - cfg.warmup) / cfg.d + 1
-        if cfg.refs == 1 or not cfg.smooth: a = int(a)
+        if not cfg.smooth: a = int(a)
         n = 1 + cfg.k * torch.sigmoid(-cfg.b * t)
         r = (t * (1 - n / cfg.q**a)).clamp(min=self.edge(t))
         return t, r
@@ -109,10 +115,8 @@ class Loss(nn.Module):
         """Weighted distance of f(x_t, t) and its target at r -> (B,)."""
         w = self.weight(t, r).to(x, non_blocking=True)          # from float64: t - r may be t / 1000
         t, r, s = (v.to(x, non_blocking=True).view(-1, 1, 1, 1) for v in (t, r, self.edge(t)))
-        x_t, m = x + t * z, x
-        if self.cfg.refs != 1:
-            y, classes = self.references(x, labels, step)
-            m = posterior_mean(x_t, t, y, None if labels is None else labels[:, None] == classes)
+        x_t = x + t * z
+        m = x if self.cfg.refs == 1 else self.mean(x, x_t, labels, t, step)
         x_r = m + r * (z + (x - m) / t)                         # z + (x - m) / t = (x_t - m) / t
         with torch.no_grad(), same_dropout(x):
             target = torch.where(r > s, f(self.net, x_r, r.clamp(min=1e-6), labels, s), x_r)
@@ -120,30 +124,36 @@ class Loss(nn.Module):
         if self.cfg.c: distance = (distance**2 + self.cfg.c**2).sqrt() - self.cfg.c
         return w * distance
 
-    def references(self, x, labels, step):
-        """The step's reference set, the same in every process: images (n, 3, H, W), labels (n,) or None. It is the
-        whole batch; or, with --refs, its distinct images and others at random, --refs of each class in it. Every image
-        in the set is equally likely to be x, which makes m unbiased."""
-        cfg = self.cfg
-        if not cfg.refs and not cfg.micro and not dist.is_initialized(): return x, labels       # x is the whole batch
-        images, classes = self.data
-        index, _, flips, _ = draw(cfg, len(images), cfg.batch, step, 'cpu')
-        chosen = 2 * index + flips                              # a flipped image is an image of its own
-        if cfg.refs: chosen = self.with_others(chosen.unique(), step)
-        y = images[(chosen // 2).to(images.device)].to(x.device).float() / 127.5 - 1
-        y = torch.where((chosen % 2 > 0).to(x.device).view(-1, 1, 1, 1), y.flip(3), y)
-        return y, classes[chosen // 2].to(x.device) if cfg.cond else None
+    def mean(self, x, x_t, labels, t, step):
+        """m of each sample, like x, from the references of its class."""
+        cfg, m = self.cfg, torch.empty_like(x)
+        whole = not cfg.micro and not dist.is_initialized()     # x is the step's whole batch
+        for c in labels.unique().tolist() if cfg.cond else [0]:
+            own = labels == c if cfg.cond else slice(None)
+            chunks = [x[own]] if whole and not cfg.refs else self.references(c, step, x.device)
+            m[own] = posterior_mean(x_t[own], t[own], chunks)
+        return m
 
-    def with_others(self, batch, step):
-        """Numbers of the distinct images of a batch (n,), with others at random, --refs in all of each class in it."""
-        cfg, g, chosen = self.cfg, torch.Generator().manual_seed(seed_of(self.cfg, 999, step)), []
-        for c in self.data[1][batch // 2].unique() if cfg.cond else [0]:
-            members = 2 * self.members[c]
-            if cfg.flip: members = torch.cat([members, members + 1])
-            own = batch[torch.isin(batch, members)]
-            rest = members[~torch.isin(members, own)]
-            chosen += [own, rest[torch.randperm(len(rest), generator=g)[:max(cfg.refs - len(own), 0)]]]
-        return torch.cat(chosen)
+    def references(self, c, step, device):
+        """Yields the step's references of class c, the same in every process, up to 5000 at a time (n, 3, H, W). Every
+        image among them is equally likely to be x, which makes m unbiased."""
+        cfg, images, members = self.cfg, self.data[0], 2 * self.members[c]      # 2 i is image i,
+        if cfg.flip: members = torch.cat([members, members + 1])                # 2 i + 1 its mirror image
+        if cfg.refs < math.inf: members = self.some_of(members, step)
+        for numbers in members.split(5000):
+            y = images[(numbers // 2).to(images.device)].to(device).float() / 127.5 - 1
+            yield torch.where((numbers % 2 > 0).to(device).view(-1, 1, 1, 1), y.flip(3), y)
+
+    def some_of(self, members, step):
+        """Of these numbers those in the step's batch; or its distinct ones and others at random, --refs in all."""
+        cfg, g = self.cfg, torch.Generator().manual_seed(seed_of(self.cfg, 999, step))
+        index, _, flips, _ = draw(cfg, len(self.data[0]), cfg.batch, step, 'cpu')
+        batch = 2 * index + flips
+        own = batch[torch.isin(batch, members)]
+        if not cfg.refs: return own
+        own = own.unique()
+        rest = members[~torch.isin(members, own)]
+        return torch.cat([own, rest[torch.randperm(len(rest), generator=g)[:max(int(cfg.refs) - len(own), 0)]]])
 
     def phase(self, step):
         """-> name, first step, learning rate, images per step"""
@@ -152,6 +162,10 @@ class Loss(nn.Module):
         lr = cfg.lr / max((step - cfg.warmup) / cfg.t_ref, 1)**0.5
         if cfg.anneal: lr *= (cfg.steps - step) / (cfg.steps - cfg.warmup)
         return 'sct', cfg.warmup, lr, cfg.batch
+
+    def optimiser(self, weights, step):
+        """A new one, as a phase begins; its learning rate is set in each step."""
+        return getattr(torch.optim, self.cfg.opt)(weights, betas=(0.9, self.cfg.beta2), foreach=True)
 
     def begin(self, ema):
         """Called as a phase begins: it starts from the averaged weights of the last."""
@@ -164,19 +178,23 @@ class Loss(nn.Module):
 
 
 @torch.no_grad()
-def posterior_mean(x_t, t, y, same=None):
-    """Mean of x given x_t = x + t z if x is one of the references y, each as likely: x_t (B, 3, H, W), t (B, 1, 1, 1),
-    y (n, 3, H, W) -> (B, 3, H, W). Where same (B, n) is False, of another class, the weight is 0. In log space, float32
-    without TF32; |x_t|^2 is left out of the squares, since it is common to all and would cancel badly."""
+def posterior_mean(x_t, t, chunks):
+    """Mean of x given x_t = x + t z if x is one of the references, each as likely: x_t (B, 3, H, W), t (B, 1, 1, 1),
+    chunks of references, (n, 3, H, W) each -> (B, 3, H, W). The softmax over all is summed chunk by chunk, relative to
+    the largest weight so far, in float32 without TF32; |x_t|^2, common to all weights, would cancel badly: left out."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
+    x, t, total, mean = x_t.flatten(1), t.flatten(1), 0, 0
+    top = torch.full_like(t, -math.inf)
     with torch.autocast(x_t.device.type, enabled=False):
-        flat = y.flatten(1)
-        logits = (x_t.flatten(1) @ flat.T - flat.square().sum(1) / 2) / t.flatten(1)**2
-        w = (logits if same is None else logits.masked_fill(~same, -math.inf)).softmax(1)
-        mean = (w @ flat).view_as(x_t)
+        for y in chunks:
+            y = y.flatten(1).to(x)
+            logits = (x @ y.T - y.square().sum(1) / 2) / t**2
+            last, top = top, torch.maximum(top, logits.amax(1, keepdim=True))
+            w, scale = (logits - top).exp(), (last - top).exp()
+            total, mean = scale * total + w.sum(1, keepdim=True), scale * mean + w @ y
     torch.set_float32_matmul_precision(before)
-    return mean
+    return (mean / total).view_as(x_t)
 
 
 def weak_step(cfg): return cfg.warmup + int(cfg.weak * (cfg.steps - cfg.warmup))
@@ -213,13 +231,13 @@ class Guided(nn.Module):
 
 
 @torch.no_grad()
-def sample(net, z, ts, labels=None, noise=None, edges=(), eta=1.0):
+def sample(net, z, ts, labels=None, noise=None, edges=(), eta=1.0, shift=0):
     """Standard normal z (B, 3, H, W) -> images in about [-1, 1]: one network evaluation for each noise level in ts.
     With edges, of a phased network: one for each segment below ts[0], without noise, stopping at eta times an edge."""
     if edges: ts = [ts[0]] + [eta * s for s in reversed(edges)]
     x = ts[0] * z
     for i, t in enumerate(ts):
-        x_0 = f(net, x, torch.full((len(z),), t), labels)
+        x_0 = f(net, x, torch.full((len(z),), t), labels, shift=shift)
         if i == len(ts) - 1: return x_0
         s = ts[i + 1]
         x = s / t * x + (1 - s / t) * x_0 if edges else x_0 + s * (torch.randn_like(z) if noise is None else noise[i])
@@ -243,18 +261,19 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     clip=(          math.inf,                                 'gradient norm limit'),
     P_mean=(        0.0,          -1.1,         -0.8,         'ln t ~ N(P_mean, P_std^2) [loss.py]; may be negative'),
     P_std=(         1.3,          2.0,          1.6,          'its standard deviation'),
-    refs=(          0,                                        'references per class; 0: the batch; 1: x alone, ECT'),
-    smooth=(        1,                                        "1: r approaches t continuously; 0: in ECT's stages"),
+    refs=(          0.0,          math.inf,     math.inf,     'references per class; 0: the batch; 1: x alone, ECT'),
+    smooth=(        0,                                        "1: r approaches t continuously; 0: in ECT's stages"),
     edges=(         (),                                       'phased: inner edges of the segments of t, as 0.5,2,6'),
     eta=(           1.0,                                      'phased: samples step to eta times each edge'),
     weak=(          0.5,                                      'part of training before f_weak is kept; 0: never'),
     guidance=(      1.0,                                      'w: samples of f_weak + w (f - f_weak)'),
     q=(             2.0,          2.0,          4.0,          '1 - r/t is n(t) / q^a in stage a [loss.py]'),
-    d=(             400,          25_000,       25_000,       'steps per stage [run_ecm.sh: 250 ticks of 100]'),
+    d=(             400,          0,            0,            'steps per stage; 0: 1 - r/t ends at n/256 [run_ecm.sh]'),
     k=(             8.0,                                      'n(t) = 1 + k sigmoid(-b t) [loss.py]'),
     b=(             1.0,                                      'rate in n(t) [loss.py]'),
     c=(             0.03,         0.0,          0.06,         'pseudo-Huber constant; 0: the plain norm [run_ecm.sh]'),
     weight=(        '1/c_out^2',  '1/(t-r)',    '1/c_out^2',  'w(t, r); 1/c_out^2 = 1/t^2 + 1/sigma_d^2'),
+    shift=(         0.0,          0.003,        0.0,          'samples: t - shift in c_skip and c_out [networks.py]'),
     ts=(            (20, 1),      (80, 0.821),  (80, 1.526),  'noise levels of the sampler, the first --nfe of them'),
     init=(          'none',       EDM,          EDM2,         'none, our checkpoint, EDM, EDM2, ECT, TCM .pkl'),
     res=(           16,           32,           64,           'image side'),
@@ -277,7 +296,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
 CHOICES = dict(weight=('1/(t-r)', '1/c_out^2'), arch=('ddpmpp', 'edm2'),
                opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'))
 
-# ===== From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (sct, scm) =====
+# === From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (ect, sct, scm) ===
 
 # ----------------------------------------------------------------------------------------------------- network
 
@@ -664,13 +683,12 @@ def train(cfg, data, rank, world, device):
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     loss_fn = Loss(net, cfg, (images, labels)).to(device)
     weights = [p for p in loss_fn.parameters() if p.requires_grad]
-    new_optimiser = lambda: getattr(torch.optim, cfg.opt)(weights, lr=cfg.lr, betas=(0.9, cfg.beta2), foreach=True)
-    opt, scaler, start = new_optimiser(), torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16'), 0
+    start, scaler = saved['step'] if saved else 0, torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16')
+    opt = loss_fn.optimiser(weights, start)
     if saved:
         with reading(out / 'latest.pt', ': do the flags fit it?'):
             for part, name in ((loss_fn, 'loss'), (ema, 'ema'), (opt, 'opt')): part.load_state_dict(saved[name])
             if saved['scaler'] and cfg.amp == 'fp16': scaler.load_state_dict(saved['scaler'])
-        start = saved['step']
     if cfg.compile: net.compile(dynamic=False)
     step_fn = loss_fn if world == 1 else nn.parallel.DistributedDataParallel(loss_fn, broadcast_buffers=False)
     if rank == 0:
@@ -687,7 +705,7 @@ def train(cfg, data, rank, world, device):
         if batch < world: stop(f'{world} processes for a batch of {batch}')
         if step == first:
             loss_fn.begin(ema)
-            opt = new_optimiser()
+            opt = loss_fn.optimiser(weights, step)
         for group in opt.param_groups: group['lr'] = lr
         if 'edm2' in cfg.arch: net.normalise()
 
@@ -772,7 +790,7 @@ def generate(cfg, net, index, ts, device):
         return torch.stack([torch.randn(3, cfg.res, cfg.res, generator=g) for _ in ts])
     z, *noise = torch.stack([normals(i) for i in index.tolist()], 1).to(device)
     labels = classes_of(cfg, index).to(device) if cfg.cond else None
-    with autocast(cfg, device): x = sample(net, z, ts, labels, noise, cfg.edges, cfg.eta)
+    with autocast(cfg, device): x = sample(net, z, ts, labels, noise, cfg.edges, cfg.eta, cfg.shift)
     if not x.isfinite().all(): raise FloatingPointError('the network returns NaN')
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)      # to the nearest level, as EDM does
 

@@ -16,7 +16,10 @@ t is the standard deviation of the noise, in units of images in [-1, 1].
 
     python tcm.py                                   # embedded digits: diffusion warm-up, both stages, pictures
     python tcm.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe, from EDM's checkpoint
-    python tcm.py --out runs/tcm-cifar10 --sample 50000 --nfe 2 --save samples.npz
+    python tcm.py --data imagenet64 --gpus 8        # its ImageNet-64 recipe, from EDM2's
+    python tcm.py --data cifar10 --init STAGE1 --stage1 0 --before 250000       # stage 2 alone, of such a checkpoint
+    python tcm.py --out runs/tcm-cifar10 --sample 50000 --nfe 2 --save samples.npz      # second step: --ts 80,0.821, or
+    python tcm.py --out runs/tcm-cifar10 --sample 50000 --nfe 2 --ts 80,1 --save samples.npz        # t', see below
 
 Differs from ect.py only in: t truncated to [t_min, t_max], the limit on ratio, r >= 1e-6 (stage 1); the frozen network,
 boundary samples and a truncated Student-t for ln t (stage 2); the stages' batches and learning rates; the gradient
@@ -28,7 +31,12 @@ Sources: the paper, and its code NVlabs/TCM (b132239). Where they leave a choice
 - Each sample is at the boundary with probability boundary_prob (the code: a fixed share of each GPU's batch), and the
   two means are written as weights 1 / (1 - p) and w_boundary / p. So the result does not depend on the batch's split.
 - The lengths of the stages are ours: the code's are upper bounds (3M and 800k steps).
-- The ImageNet-64 recipe uses a DDPM++ of about EDM2-S's size from scratch, not EDM2's network and checkpoint.
+- Samples take their second step at 0.821 on CIFAR-10, the code's default, though stage 2 does not train below t' = 1;
+  others recommend 1. Which the published numbers took is not known.
+- As in the code ratio, learning rate and power-form EMA count the steps of both stages; steps that --init has behind it
+  are --before (the code: --resume_tick, in hundreds).
+- The scaler of fp16 starts at 65536 and doubles in 2000 good steps (the code: 16, 20,000). So a dozen of the first
+  steps and later one in 2000 may overflow and be skipped, as there. The embedding is in TF32 (the code: float32).
 - The diffusion warm-up for runs without a checkpoint is EDM's loss: lengths and learning rates are ours.
 """
 import argparse, contextlib, copy, csv, hashlib, io, json, math, os, pickle, signal, socket, sys, tarfile, time
@@ -70,6 +78,8 @@ class Loss(nn.Module):
         super().__init__()
         self.net, self.cfg, self.teacher = net, cfg, frozen(net)
         self.stage2 = cfg.warmup + cfg.stage1
+        if cfg.init not in CONFIG['init'] and not cfg.stage1 and not cfg.before:
+            stop('--stage1 0: say with --before how many steps of stage 1 (or of ect.py) --init has behind it')
 
     def forward(self, x, labels, u, z, step):
         """x (B, 3, H, W) in [-1, 1], labels (B,) or None, u uniform (B,), z normal like x -> loss per sample (B,)."""
@@ -92,10 +102,14 @@ class Loss(nn.Module):
         first, last = law.cdf(np.log([low, cfg.t_max]))
         t = torch.from_numpy(np.exp(law.ppf(first + (last - first) * u.double().cpu().numpy()))).to(u.device)
         t = t.clamp(low, cfg.t_max)
-        ratio = min(1 - cfg.q**-((step - cfg.warmup) // cfg.d + 1), cfg.ratio_limit)
+        ratio = min(1 - cfg.q**-(self.tuned(step) // cfg.d + 1), cfg.ratio_limit)
         n = 1 + cfg.k * torch.sigmoid(-cfg.b * t)
         r = (t - t * (1 - ratio) * n).clamp(min=1e-6)
         return t, r
+
+    def tuned(self, step):
+        """Steps of both stages so far, those before --init included."""
+        return self.cfg.before + step - self.cfg.warmup
 
     def weight(self, t, r):
         """w(t, r) (B,): 1/(t - r), or 1/c_out^2, EDM's weight."""
@@ -123,9 +137,13 @@ class Loss(nn.Module):
         name, first, last, lr, t_ref = 'stage 1', cfg.warmup, self.stage2, cfg.lr_stage1, cfg.t_ref_stage1
         if step >= self.stage2:
             name, first, last, lr, t_ref, batch = 'stage 2', self.stage2, cfg.steps, cfg.lr, cfg.t_ref, cfg.batch
-        lr /= max((step - cfg.warmup) / t_ref, 1)**0.5
+        lr /= max(self.tuned(step) / t_ref, 1)**0.5
         if cfg.anneal: lr *= (last - step) / (last - first)
         return name, first, lr, batch
+
+    def optimiser(self, weights, step):
+        """A new one, as a phase begins; its learning rate is set in each step."""
+        return getattr(torch.optim, self.cfg.opt)(weights, betas=(0.9, self.cfg.beta2), foreach=True)
 
     def begin(self, ema):
         """Called as a phase begins: it starts from the averaged weights of the last, which become f_1."""
@@ -134,7 +152,8 @@ class Loss(nn.Module):
 
     def averages(self, ema, step):
         """-> [(network that follows self.net, decay)], called after each step."""
-        power = (1 - 1 / (step + 1))**(self.cfg.ema_gamma + 1)
+        past = step if step < self.cfg.warmup else self.tuned(step)
+        power = (1 - 1 / (past + 1))**(self.cfg.ema_gamma + 1)
         return [(ema, power if self.cfg.ema_gamma else self.cfg.ema)]
 
 
@@ -175,6 +194,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     steps=(         6100,         500_000,      200_000,      'optimiser steps in all [ours]'),
     warmup=(        2800,         200_000,      50_000,       'of these, diffusion training; 0: none, as with --init'),
     stage1=(        2000,         250_000,      50_000,       'of these, steps of stage 1 [ours]; 0: none'),
+    before=(        0,                                        'further steps of stage 1 that --init has behind it'),
     batch=(         32,           1024,         1024,         'images per step, all processes, stage 2 [README]'),
     batch_stage1=(  1.0,          0.5,          2.0,          'the same before stage 2, over batch [README: 512]'),
     lr=(            1.2e-3,       5e-5,         5e-4,         'learning rate of stage 2 [README]'),
@@ -227,7 +247,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
 CHOICES = dict(weight=('1/(t-r)', '1/c_out^2'), arch=('ddpmpp', 'edm2'),
                opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'))
 
-# ===== From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (sct, scm) =====
+# === From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (ect, sct, scm) ===
 
 # ----------------------------------------------------------------------------------------------------- network
 
@@ -614,13 +634,12 @@ def train(cfg, data, rank, world, device):
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     loss_fn = Loss(net, cfg, (images, labels)).to(device)
     weights = [p for p in loss_fn.parameters() if p.requires_grad]
-    new_optimiser = lambda: getattr(torch.optim, cfg.opt)(weights, lr=cfg.lr, betas=(0.9, cfg.beta2), foreach=True)
-    opt, scaler, start = new_optimiser(), torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16'), 0
+    start, scaler = saved['step'] if saved else 0, torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16')
+    opt = loss_fn.optimiser(weights, start)
     if saved:
         with reading(out / 'latest.pt', ': do the flags fit it?'):
             for part, name in ((loss_fn, 'loss'), (ema, 'ema'), (opt, 'opt')): part.load_state_dict(saved[name])
             if saved['scaler'] and cfg.amp == 'fp16': scaler.load_state_dict(saved['scaler'])
-        start = saved['step']
     if cfg.compile: net.compile(dynamic=False)
     step_fn = loss_fn if world == 1 else nn.parallel.DistributedDataParallel(loss_fn, broadcast_buffers=False)
     if rank == 0:
@@ -637,7 +656,7 @@ def train(cfg, data, rank, world, device):
         if batch < world: stop(f'{world} processes for a batch of {batch}')
         if step == first:
             loss_fn.begin(ema)
-            opt = new_optimiser()
+            opt = loss_fn.optimiser(weights, step)
         for group in opt.param_groups: group['lr'] = lr
         if 'edm2' in cfg.arch: net.normalise()
 
