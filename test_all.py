@@ -1887,6 +1887,26 @@ def test_late_stages_need_true_float32(tmp_path):
 
 
 @every_method
+def test_amp_off_means_no_tf32_anywhere(name, monkeypatch, tmp_path):
+    """The switches as a process with a GPU sets them, for convolutions and for matrix products, by --amp; the recipe's
+    own: the papers' CIFAR-10 runs are float32."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setattr(MODULES[name], 'load_data', lambda cfg: None)
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    for amp, tf32 in (('tf32', True), (None, False), ('fp16', True), ('off', False)):
+        seen = []
+        monkeypatch.setattr(MODULES[name], 'train', lambda *a: seen.append(
+            (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)))
+        argv = ['--data', 'cifar10', '--init', 'none', *(['--metric', 'l2'] if name == 'ct' else [])]
+        MODULES[name].process(0, config(name, *argv, *(['--amp', amp] if amp else [])))
+        assert seen == [(tf32, tf32)]
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[0], before[2]
+    torch.set_float32_matmul_precision(before[1])
+    assert MODULES[name].CONFIG['amp'][1] == 'off'
+
+
+@every_method
 def test_checkpoint_is_plain_data_that_stands_alone(name, data, tmp_path):
     saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 8, '--out', tmp_path / 'run')
     module, cfg = MODULES[name], saved['config']
