@@ -355,8 +355,8 @@ def network(cfg):
 # ------------------------------------------------------------------------------------------------------- images
 
 def pictures(path):
-    """A folder or .zip of pictures with EDM's dataset.json if there, or CIFAR-10's binary .tar.gz -> names, sorted; a
-    function from a name to its PIL Image; labels (N,) or None"""
+    """A folder or .zip of pictures, or CIFAR-10's binary .tar.gz -> names, sorted; a function from a name to its PIL
+    Image; labels (N,), of EDM's dataset.json or else of the top folders in order if there are several, or None"""
     path, classes = Path(path), {}
     if path.name.endswith('.tar.gz'):
         with tarfile.open(path) as archive:
@@ -373,6 +373,8 @@ def pictures(path):
     if not names: raise ValueError(f'it holds no pictures ({" ".join(kinds)})')
     if 'dataset.json' in files: classes = dict(json.loads(content('dataset.json'))['labels'] or [])
     labels = np.array([classes[name] for name in names]) if classes else None
+    tops = [os.path.dirname(name).split('/')[0] for name in names]
+    if 'dataset.json' not in files and len(set(tops)) > 1: labels = np.unique(tops, return_inverse=True)[1]
     return names, lambda name: Image.open(io.BytesIO(content(name))), labels
 
 
@@ -537,7 +539,7 @@ def reference(cfg, size):
     elif named and cfg.resize == 'tf':
         path = fetch(NVLABS + dict(cifar10='edm/fid-refs/cifar10-32x32.npz',
                                    imagenet64='edm2/dataset-refs/img64.pkl')[name])
-    elif named: path = fetch(*CIFAR10) if name == 'cifar10' else Path('datasets/imagenet-64x64.zip')
+    elif named: path = fetch(*CIFAR10) if name == 'cifar10' else Path('datasets/img64.zip')
     elif '://' in name: path = fetch(name)
     found = read_statistics(path, cfg.model)
     published = named and name != 'glyphs' or bool(found and 'weights' not in found.meta)

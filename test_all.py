@@ -949,7 +949,7 @@ def test_reference_set_holds_the_batch_once_and_others_of_its_classes(cond, flip
         y = torch.cat([*loss.references(c, step, 'cpu')])
         return [a.numpy().tobytes() for a in ((y + 1) * 127.5).round().to(torch.uint8)]
     for step in (3, 4):
-        index, _, flips, _ = sct.draw(loss.cfg, 40, 8, step, 'cpu')
+        index, _, flips = sct.draw(loss.cfg, 40, 8, step)
         for c in labels[index].unique().tolist() if cond else [0]:
             mine = [(i, f) for i, f in zip(index, flips) if not cond or labels[i] == c]
             own = [(images[i].flip(2) if f else images[i]).numpy().tobytes() for i, f in mine]
@@ -965,7 +965,7 @@ def test_every_image_of_a_reference_set_is_equally_likely_to_be_the_sample():
     loss = sct_loss('--batch', 2, '--refs', 3, '--res', 1, '--mult', '1', data=(images, None))
     count = {}
     for step in range(6000):
-        index = sct.draw(loss.cfg, 5, 2, step, 'cpu')[0]
+        index = sct.draw(loss.cfg, 5, 2, step)[0]
         y, = loss.references(0, step, 'cpu')
         key = tuple(sorted(((y[:, 0, 0, 0] + 1) * 127.5).round().tolist()))
         count.setdefault(key, [0, 0, 0])[key.index(index[0].item())] += 1
@@ -1750,7 +1750,7 @@ def test_a_step_sees_the_images_labels_and_flips_that_were_drawn(name, data, tmp
     saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 2, '--flip', 1, '--cond', 1, '--out', tmp_path)
     cfg = argparse.Namespace(**saved['config'])
     for x, labels, u, z, step in seen:
-        index, u_drawn, flips, z_drawn = module.draw(cfg, 40, 8, step, 'cpu')
+        (index, u_drawn, flips), z_drawn = module.draw(cfg, 40, 8, step), module.draw_z(cfg, 8, step, 'cpu')
         images = torch.from_numpy(pictures()[index]).permute(0, 3, 1, 2).float() / 127.5 - 1
         assert torch.equal(x, torch.stack([image.flip(2) if flip else image for image, flip in zip(images, flips)]))
         assert labels.tolist() == (index % 4).tolist() and torch.equal(u, u_drawn) and torch.equal(z, z_drawn)
@@ -1997,7 +1997,7 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
     ('--data {tmp}/broken.zip', 'broken.zip cannot be read: BadZipFile'),
     ('--data {tmp}/unlabelled.zip --cond 1', 'has no labels'),
     ('--data {tmp}/python.tar.gz', 'it holds no data_batch_*.bin: take the binary version'),
-    ('--data imagenet64', 'datasets/imagenet-64x64.zip cannot be read'),
+    ('--data imagenet64', 'datasets/img64.zip cannot be read'),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path, capfd):
     folder = tmp_path / 'data'
