@@ -629,8 +629,10 @@ def decode(path, res):
     folder = path.parent if os.access(path.parent, os.W_OK) else Path('datasets')
     folder.mkdir(exist_ok=True)
     whole = folder / f'{path.name}.{res}.decoded'
-    part, start, cropped = Path(f'{whole}.{socket.gethostname()}-{os.getpid()}.part'), time.time(), 0
-    told, handler = start, signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # an exit that removes the part
+    part, cropped = Path(f'{whole}.{socket.gethostname()}-{os.getpid()}.part'), 0
+    leave = lambda number, frame: stop(f'stopped by a signal while it decoded {path}', 128 + number)
+    handlers = {s: signal.signal(s, leave) for s in (signal.SIGINT, signal.SIGTERM)}
+    start = told = time.time()
     try:
         with open(part, 'wb') as file, ThreadPoolExecutor() as pool:
             shape = len(names), 3, res, res
@@ -650,7 +652,7 @@ def decode(path, res):
         if not decoded(path, res): os.replace(part, whole)     # else a run that was faster may have its own mapped
     finally:
         part.unlink(missing_ok=True)
-        signal.signal(signal.SIGTERM, handler)
+        for s, handler in handlers.items(): signal.signal(s, handler)
     if cropped: print(f'{path}: {cropped} of {len(names)} pictures cropped and resized to side {res}')
     return decoded(path, res) or stop(f'{path} changed while it was read: start again')
 
