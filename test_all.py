@@ -1895,7 +1895,7 @@ def test_two_machines_decode_the_same_at_once_in_one_folder_or_in_two(tmp_path):
         for old in tmp_path.rglob('*.decoded'): old.unlink()
         jobs = [slow_decoder(tmp_path, tmp_path / folders[0] / 'x.zip', 0.04)]
         while not list(tmp_path.rglob('*.part')): time.sleep(0.01)              # the second begins in the midst of it
-        jobs.append(slow_decoder(tmp_path, tmp_path / folders[1] / 'x.zip'))
+        jobs.append(slow_decoder(tmp_path, tmp_path / folders[1] / 'x.zip', 0.06))
         for job in jobs:
             out, error = job.communicate(timeout=120)
             assert out.split() == [str(images.sum(dtype=int)), str(sum(i % 7 for i in range(600)))], error
