@@ -2202,7 +2202,7 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
     ('--data {tmp}/broken.zip', 'broken.zip cannot be read: BadZipFile'),
     ('--data {tmp}/unlabelled.zip --cond 1', 'has no labels'),
     ('--data {tmp}/python.tar.gz', 'it holds no data_batch_*.bin: take the binary version'),
-    ('--data imagenet64', 'datasets/img64.zip cannot be read'),
+    ('--data imagenet64 --init none', 'datasets/img64.zip cannot be read'),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path, capfd):
     folder = tmp_path / 'data'
