@@ -34,8 +34,9 @@ Sources: the paper, and its code openai/consistency_models (e32b69e; torch) and 
   ImageNet-64 it was an ADM network, which is not read here: TEACHER is the latest.pt of
   ect.py --data imagenet64 --init none --arch ddpmpp --steps 400000 --warmup 400000.
 """
-import argparse, contextlib, copy, csv, hashlib, io, json, math, os, pickle, signal, socket, sys, tarfile, time
+import argparse, contextlib, copy, csv, glob, hashlib, io, json, math, os, pickle, signal, socket, sys, tarfile, time
 import warnings, zipfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,7 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn             # imported after a group exists, it would keep that alive until exit
 import torch.multiprocessing as mp
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.functional import conv2d, conv_transpose2d, grid_sample, affine_grid, avg_pool2d, one_hot, silu
 
@@ -395,8 +396,8 @@ def fetch(url, sha256=None):
 
 
 def pictures(path):
-    """A folder or .zip of pictures with EDM's dataset.json if there, or CIFAR-10's binary .tar.gz -> names, sorted; a
-    function from a name to its PIL Image; labels (N,) or None"""
+    """A folder or .zip of pictures, or CIFAR-10's binary .tar.gz -> names, sorted; a function from a name to its PIL
+    Image; labels (N,), of EDM's dataset.json or else of the top folders in order if there are several, or None"""
     path, classes = Path(path), {}
     if path.name.endswith('.tar.gz'):
         with tarfile.open(path) as archive:
@@ -413,6 +414,8 @@ def pictures(path):
     if not names: raise ValueError(f'it holds no pictures ({" ".join(kinds)})')
     if 'dataset.json' in files: classes = dict(json.loads(content('dataset.json'))['labels'] or [])
     labels = np.array([classes[name] for name in names]) if classes else None
+    tops = [os.path.dirname(name).split('/')[0] for name in names]
+    if 'dataset.json' not in files and len(set(tops)) > 1: labels = np.unique(tops, return_inverse=True)[1]
     return names, lambda name: Image.open(io.BytesIO(content(name))), labels
 
 
@@ -436,36 +439,105 @@ def glyphs(res=16, n=20_000, seed=0):
     return (images * 255).round().to(torch.uint8), labels
 
 
+def crop(image, res):
+    """ADM's crop: halved by a box filter while twice too large, then bicubic to the shorter side, the middle of it."""
+    while min(image.size) >= 2 * res: image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = res / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - res) // 2, (image.height - res) // 2
+    return image.crop((left, top, left + res, top + res))
+
+
+def stamp(path):
+    """Text that changes with a file, or with the entries of a folder; what lies deeper in it is not looked at."""
+    stats = [path.stat(), *(p.lstat() for p in (sorted(path.iterdir()) if path.is_dir() else []))]
+    return hashlib.sha256(repr([(s.st_mtime_ns, s.st_size) for s in stats]).encode()).hexdigest()
+
+
+def decoded(path, res='*'):
+    """What decode() left for path as it is now: images (N, 3, res, res), mapped, not read, and its notes; or None."""
+    for folder in (path.parent, Path('datasets')):
+        for file in folder.glob(f'{glob.escape(path.name)}.{res}.decoded'):
+            with reading(file, ': delete it'):
+                images = np.load(file, mmap_mode='c')
+                notes = json.loads(np.fromfile(file, np.uint8, offset=images.offset + images.nbytes).tobytes())
+            if notes['stamp'] == stamp(path): return torch.from_numpy(images), notes
+    return None
+
+
+def decode(path, res):
+    """Writes <path>.<res>.decoded, or, where that folder is read-only, the same in ./datasets, whole or not at all: the
+    pictures of path as a .npy (N, 3, res, res), and behind it notes in JSON -> what decoded() returns. Pictures other
+    than squares of that side are cropped; transparent parts become white."""
+    with reading(path):
+        before, (names, picture, labels) = stamp(path), pictures(path)
+        with reading(f'{path}/{names[0]}'): side = min(picture(names[0]).size)
+    if labels is not None and (labels.dtype.kind not in 'iu' or not 0 <= labels.min() <= labels.max() < 100_000):
+        stop(f'{path}: its labels must be whole numbers from 0 to 99,999')
+
+    def pixels(name):
+        image = picture(name)
+        deep = ';16' in str(getattr(image, 'tile', ''))
+        if deep or image.mode not in ('RGB', '1', 'L', 'P', 'LA', 'PA', 'RGBA', 'CMYK'):
+            raise ValueError(f'a {image.mode} picture{" of 16 bits" * deep}: convert it to 8-bit RGB')
+        if image.mode != 'RGB':
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+        return image.size != (res, res), np.asarray(crop(image, res)).transpose(2, 0, 1).tobytes()
+
+    folder = path.parent if os.access(path.parent, os.W_OK) else Path('datasets')
+    folder.mkdir(exist_ok=True)
+    whole = folder / f'{path.name}.{res}.decoded'
+    part, cropped = Path(f'{whole}.{socket.gethostname()}-{os.getpid()}.part'), 0
+    leave = lambda number, frame: stop(f'stopped by a signal while it decoded {path}', 128 + number)
+    handlers = {s: signal.signal(s, leave) for s in (signal.SIGINT, signal.SIGTERM)}
+    start = told = time.time()
+    try:
+        with open(part, 'wb') as file, ThreadPoolExecutor() as pool:
+            shape = len(names), 3, res, res
+            np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=shape))
+            for first in range(0, len(names), 256):
+                rows = pool.map(pixels, names[first:first + 256])
+                for name in names[first:first + 256]:
+                    with reading(f'{path}/{name}'): other, row = next(rows)
+                    cropped += other
+                    file.write(row)
+                if time.time() > told + 10:
+                    told, done = time.time(), min(first + 256, len(names))
+                    left = timedelta(seconds=round((told - start) * (len(names) / done - 1)))
+                    print(f'{path}: {done} of {len(names)} pictures decoded, {left} left', file=sys.stderr, flush=True)
+            notes = dict(stamp=before, side=side, labels=None if labels is None else labels.tolist())
+            file.write(json.dumps(notes).encode())
+        if not decoded(path, res): os.replace(part, whole)     # else a run that was faster may have its own mapped
+    finally:
+        part.unlink(missing_ok=True)
+        for s, handler in handlers.items(): signal.signal(s, handler)
+    if cropped: print(f'{path}: {cropped} of {len(names)} pictures cropped and resized to side {res}')
+    return decoded(path, res) or stop(f'{path} changed while it was read: start again')
+
+
+def look(path):
+    """-> side of the first picture of a path, whether they have labels."""
+    found = decoded(path)
+    if found: return found[1]['side'], found[1]['labels'] is not None
+    names, picture, labels = pictures(path)
+    with reading(f'{path}/{names[0]}'): return min(picture(names[0]).size), labels is not None
+
+
 def load_data(cfg):
-    """-> images uint8 (N, 3, res, res), labels int64 (N,) or None (None if cfg.cond is 0). Pictures other than squares
-    of that side are cropped in the middle and resized; transparent parts become white."""
+    """-> images uint8 (N, 3, res, res), labels int64 (N,) or None (None if cfg.cond is 0)."""
     path = cfg.data
     if path == 'cifar10': path = fetch('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
                                        'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
-    if path == 'imagenet64': path = 'datasets/imagenet-64x64.zip'       # written by EDM's dataset_tool.py
+    if path == 'imagenet64':            # the class folders of ILSVRC2012, or EDM2's dataset_tool.py's .zip of them
+        path = 'datasets/imagenet64' if Path('datasets/imagenet64').is_dir() else 'datasets/img64.zip'
     if path == 'glyphs': images, labels = glyphs(cfg.res)
     else:
-        with reading(path): names, picture, labels = pictures(path)
-        images, cropped = torch.empty(len(names), 3, cfg.res, cfg.res, dtype=torch.uint8), 0
-        for i, name in enumerate(names):
-            with reading(f'{path}/{name}'):
-                image = picture(name)
-                deep = ';16' in str(getattr(image, 'tile', ''))
-                if deep or image.mode not in ('RGB', '1', 'L', 'P', 'LA', 'PA', 'RGBA'):
-                    raise ValueError(f'a {image.mode} picture{" of 16 bits" * deep}: convert it to 8-bit RGB')
-                if image.mode != 'RGB':
-                    image = image.convert('RGBA')
-                    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-                cropped += image.size != (cfg.res, cfg.res)
-                image = ImageOps.fit(image, (cfg.res, cfg.res), Image.LANCZOS)
-                images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        if cropped and os.environ.get('RANK', '0') == '0':
-            print(f'{path}: {cropped} of {len(names)} pictures cropped and resized to side {cfg.res}')
-        if labels is not None:
-            if labels.dtype.kind not in 'iu' or not 0 <= labels.min() <= labels.max() < 100_000:
-                stop(f'{path}: its labels must be whole numbers from 0 to 99,999')
-            labels = torch.from_numpy(labels.astype(np.int64))
-    if cfg.cond and labels is None: stop(f'{path} has no labels in a dataset.json: use --cond 0')
+        path = Path(os.path.abspath(path))
+        with reading(path): found = decoded(path, cfg.res)
+        images, notes = found or decode(path, cfg.res)
+        labels = None if notes['labels'] is None else torch.tensor(notes['labels'])
+    if cfg.cond and labels is None: stop(f'{path} has no labels, in dataset.json or by class folders: use --cond 0')
     return images, labels if cfg.cond else None
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -475,14 +547,27 @@ def seed_of(cfg, stream, i):
     return (1000 * cfg.seed + stream) * 100_000_007 + i
 
 
-def draw(cfg, n, batch, step, device):
-    """Everything random in a step but dropout, for the whole batch and whatever the processes: image numbers, u, flips
-    (on the host), z (on the device)."""
-    host = torch.Generator().manual_seed(seed_of(cfg, 1, step))
-    here = torch.Generator(device).manual_seed(seed_of(cfg, 2, step))
-    index, u = torch.randint(n, (batch,), generator=host), torch.rand(batch, generator=host, dtype=torch.float64)
-    flips = torch.rand(batch, generator=host) < 0.5 * cfg.flip
-    return index, u, flips, torch.randn(batch, 3, cfg.res, cfg.res, generator=here, device=device)
+def draw(cfg, n, batch, step):
+    """What a step draws on the host, for the whole batch and whatever the processes: image numbers, u, flips."""
+    g = torch.Generator().manual_seed(seed_of(cfg, 1, step))
+    index, u = torch.randint(n, (batch,), generator=g), torch.rand(batch, generator=g, dtype=torch.float64)
+    return index, u, torch.rand(batch, generator=g) < 0.5 * cfg.flip
+
+
+def draw_z(cfg, batch, step, device):
+    """The noise of a step, likewise, on the device."""
+    g = torch.Generator(device).manual_seed(seed_of(cfg, 2, step))
+    return torch.randn(batch, 3, cfg.res, cfg.res, generator=g, device=device)
+
+
+def ahead(make, steps):
+    """make(step) for each step in turn; a thread makes the next while the caller works with this one."""
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(make, steps[0])
+        for step in steps[1:]:
+            made, job = job.result(), pool.submit(make, step)
+            yield made
+        yield job.result()
 
 
 def read_checkpoint(out):
@@ -558,8 +643,17 @@ def train(cfg, data, rank, world, device):
 
     halt = []                           # signals received: save and leave
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda number, frame: halt.append(number))
-    total, last, since = torch.zeros(4, device=device), start, time.time()
-    for step in range(start, cfg.steps):
+    total, last, since, steps = torch.zeros(4, device=device), start, time.time(), range(start, cfg.steps)
+
+    def share(step):
+        """This process's share of a step: uint8 images, labels, u, flips."""
+        index, u, flips = (v[rank::world] for v in draw(cfg, len(images), loss_fn.phase(step)[3], step))
+        x = images[index.to(images.device)]
+        if x.device != device: x = x.pin_memory()
+        return x, labels[index] if cfg.cond else None, u, flips
+
+    shares = map(share, steps) if images.is_cuda else ahead(share, steps)
+    for step, (images8, classes, u, flips) in zip(steps, shares):
         phase, first, lr, batch = loss_fn.phase(step)
         if batch < world: stop(f'{world} processes for a batch of {batch}')
         if step == first:
@@ -568,17 +662,17 @@ def train(cfg, data, rank, world, device):
         for group in opt.param_groups: group['lr'] = lr
         if 'edm2' in cfg.arch: net.normalise()
 
-        index, u, flips, z = draw(cfg, len(images), batch, step, device)    # below, non_blocking copies never wait
+        z = draw_z(cfg, batch, step, device)[rank::world]       # below, non_blocking copies never wait
         torch.manual_seed(seed_of(cfg, 3 + rank, step))         # dropout
         opt.zero_grad()
-        stride = world * (cfg.micro or batch)
-        for begin in range(rank, batch, stride):
-            rows = slice(begin, begin + stride, world)
+        micro = cfg.micro or batch
+        for i in range(0, len(u), micro):
+            rows = slice(i, i + micro)
             flip = flips[rows].to(device, non_blocking=True).view(-1, 1, 1, 1)
-            x = images[index[rows].to(images.device, non_blocking=True)].to(device).float() / 127.5 - 1
+            x = images8[rows].to(device, non_blocking=True).float() / 127.5 - 1
             x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
-            y = labels[index[rows]].to(device, non_blocking=True) if cfg.cond else None
-            with contextlib.nullcontext() if world == 1 or begin + stride >= batch else step_fn.no_sync():
+            y = classes[rows].to(device, non_blocking=True) if cfg.cond else None
+            with contextlib.nullcontext() if world == 1 or i + micro >= len(u) else step_fn.no_sync():
                 with autocast(cfg, device): loss = step_fn(x, y, u[rows], z[rows], step).sum() / batch
                 scaler.scale(loss * world).backward()           # DistributedDataParallel averages over processes
             total[0] += loss.detach()
@@ -877,9 +971,9 @@ def config(argv=None):
         if samples_init: own = {k: v for k, v in donor(cfg['init'])[0].items() if k in ('res', 'cond', 'classes')}
         elif column not in DATA:
             with reading(column, f': --data is {", ".join(DATA)}, or a folder, .zip or .tar.gz of pictures'):
-                names, picture, labels = pictures(column)
-                own = dict(res=cfg.get('res') or min(picture(names[0]).size), init='none')
-            if labels is None: own['cond'] = 0
+                side, labelled = look(Path(os.path.abspath(column)))
+                own = dict(res=cfg.get('res') or side, init='none')
+            if not labelled: own['cond'] = 0
         if own: column = min(DATA, key=lambda name: abs(math.log(CONFIG['res'][DATA.index(name)] / own['res'])))
         cfg |= {k: v[DATA.index(column) if len(v) == 4 else 0] for k, v in CONFIG.items()} | own | given
         if cfg['init'] == 'none': cfg['init'] = cfg.get('teacher', 'none')     # distillation starts from its teacher
@@ -910,12 +1004,13 @@ def process(local, cfg):
     elif world > 1: torch.set_num_threads(max(1, os.cpu_count() // world))
     if world > 1:
         warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-        if local: dist.barrier()                                # one process of a machine downloads for all
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # to decode
+    turn = (rank > 0) + (local > 0)     # files are made by the first process of all, then by the first of each machine
     try:
+        for _ in range(turn): dist.barrier()
         if '://' in cfg.init and not Path(cfg.out, 'latest.pt').exists(): fetch(cfg.init)
         data = None if cfg.sample else load_data(cfg)
-        if world > 1 and not local: dist.barrier()
+        for _ in range(2 - turn if world > 1 else 0): dist.barrier()
         (write_samples if cfg.sample else train)(cfg, data, rank, world, device)
     except (FloatingPointError, OSError) as error: stop(f'{error}. What was saved in {cfg.out} is whole', 1)
     except RuntimeError:

@@ -35,6 +35,7 @@ covariance over n - 1, network in float32 without TF32, statistics in float64. W
 - FD-DINOv2 resizes as EDM2, by PyTorch's antialiased bicubic; dgm-eval resizes by Pillow's, rounded to uint8.
 """
 import argparse, contextlib, csv, hashlib, io, itertools, json, math, os, pickle, re, sys, tarfile, time, zipfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -355,8 +356,8 @@ def network(cfg):
 # ------------------------------------------------------------------------------------------------------- images
 
 def pictures(path):
-    """A folder or .zip of pictures with EDM's dataset.json if there, or CIFAR-10's binary .tar.gz -> names, sorted; a
-    function from a name to its PIL Image; labels (N,) or None"""
+    """A folder or .zip of pictures, or CIFAR-10's binary .tar.gz -> names, sorted; a function from a name to its PIL
+    Image; labels (N,), of EDM's dataset.json or else of the top folders in order if there are several, or None"""
     path, classes = Path(path), {}
     if path.name.endswith('.tar.gz'):
         with tarfile.open(path) as archive:
@@ -373,6 +374,8 @@ def pictures(path):
     if not names: raise ValueError(f'it holds no pictures ({" ".join(kinds)})')
     if 'dataset.json' in files: classes = dict(json.loads(content('dataset.json'))['labels'] or [])
     labels = np.array([classes[name] for name in names]) if classes else None
+    tops = [os.path.dirname(name).split('/')[0] for name in names]
+    if 'dataset.json' not in files and len(set(tops)) > 1: labels = np.unique(tops, return_inverse=True)[1]
     return names, lambda name: Image.open(io.BytesIO(content(name))), labels
 
 
@@ -417,7 +420,7 @@ def each_image(path, rows=None):
 def survey(path):
     """Looks at all images of a path -> path, n, size [H, W], sha256 of the pixels, meta None (no statistics yet). What
     would make a silent difference ends the program: alpha, 16 bits, CMYK, mixed sizes, floats."""
-    path, digests, kinds, size = Path(path), [], [], None
+    path, digests, kinds, size = Path(path), [], Counter(), None
     if not path.exists(): stop(f'there is no {path}')
     with reading(path, '; images are an .npz, a folder or .zip of pictures, or the binary .tar.gz of CIFAR-10'):
         for name, image in each_image(path):
@@ -428,12 +431,12 @@ def survey(path):
             size = size or image.size
             if image.size != size: stop(f'{path}/{name} is of size {image.size}, those before it {size}')
             with reading(f'{path}/{name}'): digests.append(hashlib.sha256(image.convert('RGB').tobytes()).digest())
-            kinds += [image.format, 'grey' if image.mode in ('L', '1') else 'colour']
+            kinds.update([image.format, 'grey' if image.mode in ('L', '1') else 'colour'])
     if len(digests) < 2: stop(f'{path} holds {len(digests)} images: two are the least')
     n, same = len(digests), len(digests) - len(set(digests))
     if same: note(f'{path}: {same} of {n} images are duplicates of another')
-    if 'JPEG' in kinds: note(f'{path} holds {kinds.count("JPEG")} JPEG: compression changes the distance; use PNG')
-    if 'grey' in kinds: note(f'{path}: {kinds.count("grey")} grey pictures repeated to 3 channels')
+    if 'JPEG' in kinds: note(f'{path} holds {kinds["JPEG"]} JPEG: compression changes the distance; use PNG')
+    if 'grey' in kinds: note(f'{path}: {kinds["grey"]} grey pictures repeated to 3 channels')
     sha256 = hashlib.sha256(b''.join(digests)).hexdigest()
     return SimpleNamespace(path=path, n=n, size=[size[1], size[0]], sha256=sha256, meta=None)
 
@@ -481,21 +484,29 @@ def read_statistics(path, model='inception'):
     return SimpleNamespace(mu=mu, sigma=sigma, features=features, meta=meta, n=meta.get('n'), size=meta.get('size'))
 
 
-def extract(rank, world, net, images, rows, cfg, features):
-    """Process `rank` of `world` fills in its share of the features (n, dim)."""
+def extract(rank, world, net, images, rows, cfg, features, sums):
+    """Process `rank` of `world` fills in its share of the features that are kept (at most 50,000, dim), and the sum of
+    the outer products of (1, feature) over its images: 1.28 million features would be 10 GB."""
     device = torch.device('cuda', rank) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
     if world > 1 and device.type == 'cpu': torch.set_num_threads(max(1, os.cpu_count() // world))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     net, batch = net.to(device), cfg.batch or (8 if device.type == 'cpu' else 128)
     start, told, source = time.time(), time.time(), each_image(images.path, rows[rank::world])
+    every, total = math.ceil(len(rows) / len(features)), sums[rank].to(device)
     for first in range(rank, len(rows), world * batch):
         mine = range(first, len(rows), world)[:batch]
         x = torch.from_numpy(np.stack([np.asarray(next(source)[1].convert('RGB')) for _ in mine]))
-        with torch.inference_mode(): features[list(mine)] = net(x.to(device).permute(0, 3, 1, 2))[0].cpu()
+        with torch.inference_mode():
+            x = net(x.to(device).permute(0, 3, 1, 2))[0]
+            ones = pad(x.double(), (1, 0), value=1.0)
+            total.addmm_(ones.T, ones)
+            for i, feature in zip(mine, x.cpu()):
+                if i % every == 0: features[i // every] = feature
         done = min(mine[-1] + world, len(rows))
         if rank == 0 and (done == len(rows) or time.time() > told + 20):
             told, pace = time.time(), done / (time.time() - start)
             note(f'{images.path}: {done} of {len(rows)} images, {pace:.1f}/s, {(len(rows) - done) / pace:.0f} s left')
+    sums[rank] = total
 
 
 def statistics(images, num, net, weights, cfg):
@@ -507,14 +518,16 @@ def statistics(images, num, net, weights, cfg):
                 sha256=images.sha256)
     found = read_statistics(cache)
     if found and meta.items() <= found.meta.items(): return found
-    features = torch.zeros(n, net.dim).share_memory_()
-    job = cfg.gpus, net, images, rows, cfg, features
+    features = torch.zeros(len(range(0, n, math.ceil(n / 50_000))), net.dim).share_memory_()
+    sums = torch.zeros(cfg.gpus, net.dim + 1, net.dim + 1, dtype=torch.float64).share_memory_()
+    job = cfg.gpus, net, images, rows, cfg, features, sums
     if cfg.gpus == 1: extract(0, *job)
     else: torch.multiprocessing.spawn(extract, job, cfg.gpus)
-    if not features.isfinite().all(): stop(f'{images.path}: the network returns NaN', 1)
+    sums = sums.sum(0).numpy()
+    if not np.isfinite(sums).all(): stop(f'{images.path}: the network returns NaN', 1)
     meta |= dict(source=str(images.path), cov='n-1', date=time.strftime('%Y-%m-%d'), torch=torch.__version__)
-    mu, sigma = gaussian(features.numpy())
-    found = dict(mu=mu, sigma=sigma, features=features[::math.ceil(n / 50_000)].numpy())
+    mu = sums[0, 1:] / n
+    found = dict(mu=mu, sigma=(sums[1:, 1:] - n * np.outer(mu, mu)) / (n - 1), features=features.numpy())
     if os.access(cache.parent, os.W_OK): write(cache, lambda file: np.savez(file, meta=json.dumps(meta), **found))
     else: note(f'{cache.parent} is read-only: the statistics of {images.path} are not kept')
     return SimpleNamespace(meta=meta, n=n, size=images.size, **found)
@@ -537,7 +550,7 @@ def reference(cfg, size):
     elif named and cfg.resize == 'tf':
         path = fetch(NVLABS + dict(cifar10='edm/fid-refs/cifar10-32x32.npz',
                                    imagenet64='edm2/dataset-refs/img64.pkl')[name])
-    elif named: path = fetch(*CIFAR10) if name == 'cifar10' else Path('datasets/imagenet-64x64.zip')
+    elif named: path = fetch(*CIFAR10) if name == 'cifar10' else Path('datasets/img64.zip')
     elif '://' in name: path = fetch(name)
     found = read_statistics(path, cfg.model)
     published = named and name != 'glyphs' or bool(found and 'weights' not in found.meta)

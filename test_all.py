@@ -7,7 +7,7 @@ Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k
 Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
 """
 import argparse, ast, contextlib, difflib, hashlib, importlib, io, itertools, json, math, os, pickle, re, shutil, signal
-import struct, subprocess, sys, tarfile, time, types, zipfile, zlib
+import struct, subprocess, sys, tarfile, threading, time, types, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -949,7 +949,7 @@ def test_reference_set_holds_the_batch_once_and_others_of_its_classes(cond, flip
         y = torch.cat([*loss.references(c, step, 'cpu')])
         return [a.numpy().tobytes() for a in ((y + 1) * 127.5).round().to(torch.uint8)]
     for step in (3, 4):
-        index, _, flips, _ = sct.draw(loss.cfg, 40, 8, step, 'cpu')
+        index, _, flips = sct.draw(loss.cfg, 40, 8, step)
         for c in labels[index].unique().tolist() if cond else [0]:
             mine = [(i, f) for i, f in zip(index, flips) if not cond or labels[i] == c]
             own = [(images[i].flip(2) if f else images[i]).numpy().tobytes() for i, f in mine]
@@ -965,7 +965,7 @@ def test_every_image_of_a_reference_set_is_equally_likely_to_be_the_sample():
     loss = sct_loss('--batch', 2, '--refs', 3, '--res', 1, '--mult', '1', data=(images, None))
     count = {}
     for step in range(6000):
-        index = sct.draw(loss.cfg, 5, 2, step, 'cpu')[0]
+        index = sct.draw(loss.cfg, 5, 2, step)[0]
         y, = loss.references(0, step, 'cpu')
         key = tuple(sorted(((y[:, 0, 0, 0] + 1) * 127.5).round().tolist()))
         count.setdefault(key, [0, 0, 0])[key.index(index[0].item())] += 1
@@ -1722,6 +1722,211 @@ def test_pictures_of_other_modes_and_sizes(tmp_path, capfd):
     (tmp_path / 'd.png').unlink()
     if hasattr(os, 'mkfifo'): os.mkfifo(tmp_path / 'd.png')                    # would block who opens it
     assert len(ect.load_data(config('ect', '--data', tmp_path))[0]) == 2
+    Image.new('CMYK', (8, 8), (255, 0, 0, 0)).save(tmp_path / 'e.jpg')         # ILSVRC2012 holds some
+    assert ect.load_data(config('ect', '--data', tmp_path))[0][2, :, 4, 4].tolist() == [0, 255, 255]
+
+
+def adm_crop(a, res):
+    """ADM's crop of an array (H, W, 3) in numpy: means of 2 x 2, then Pillow's bicubic (a = -1/2, widened when it
+    shrinks) as two products with matrices, each result rounded to 8 bits."""
+    def byte(x): return np.clip(np.floor(x + 0.5), 0, 255)
+
+    def matrix(n, m):                   # (m, n)
+        scale = n / m
+        centre, wide = (np.arange(m)[:, None] + 0.5) * scale, max(scale, 1)
+        x = np.abs((np.arange(n)[None] + 0.5 - centre) / wide)
+        w = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+        return w / w.sum(1, keepdims=True)
+
+    def box(n):                         # (n // 2, n); the middle of an odd side is on an edge, where rounding decides
+        scale, i = n / (n // 2), np.arange(n)
+        centre = (np.arange(n // 2)[:, None] + 0.5) * scale
+        low, high = ((centre + side * scale / 2 + 0.5).astype(int) for side in (-1, 1))
+        x = (i - centre + 0.5) * (1 / scale)
+        inside = (x > -0.5) & (x <= 0.5) & (low <= i) & (i < high)
+        return inside / inside.sum(1, keepdims=True)
+    a = a.astype(float)
+    while min(a.shape[:2]) >= 2 * res:
+        a = byte(np.einsum('yh,hwc->ywc', box(a.shape[0]), byte(np.einsum('xw,hwc->hxc', box(a.shape[1]), a))))
+    h, w = (int(round(side * res / min(a.shape[:2]))) for side in a.shape[:2])
+    a = byte(np.einsum('xw,hwc->hxc', matrix(a.shape[1], w), a))
+    a = byte(np.einsum('yh,hwc->ywc', matrix(a.shape[0], h), a))
+    return a[(h - res) // 2:, (w - res) // 2:][:res, :res]
+
+
+@pytest.mark.parametrize('size', [(8, 8), (16, 16), (33, 20), (50, 75), (37, 101), (15, 9), (8, 21), (5, 7), (99, 64)])
+def test_pictures_are_cropped_as_adm_does(size):
+    image = Image.fromarray(pictures(1, 128, size[0])[0]).resize(size, Image.BICUBIC)
+    got = np.asarray(ect.crop(image, 8))
+    assert got.shape == (8, 8, 3) and np.abs(got - adm_crop(np.asarray(image), 8)).max() <= 1      # fixed-point sums
+    if size == (8, 8): assert (got == np.asarray(image)).all()
+
+
+def test_class_folders_are_labels_and_an_explicit_side_picks_the_column(tmp_path):
+    for i, name in enumerate(['n02', 'n01', 'n10']):
+        for j in range(i + 1):
+            (tmp_path / 'a' / name).mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (100, 80), (50 * i, 0, 0)).save(tmp_path / 'a' / name / f'{j}.JPEG')
+    cfg = config('ect', '--data', tmp_path / 'a', '--res', 64)
+    images, labels = ect.load_data(cfg)
+    assert (cfg.res, cfg.cond, cfg.mult) == (64, 1, ect.CONFIG['mult'][2]) and cfg.init == 'none'
+    assert labels.tolist() == [0, 0, 1, 2, 2, 2] and images.shape == (6, 3, 64, 64)
+    assert [round(v / 50) for v in images[:, 0, 32, 32].tolist()] == [1, 1, 0, 2, 2, 2]
+    assert config('ect', '--data', tmp_path / 'a', '--res', 16).ch == ect.CONFIG['ch'][0]
+    (tmp_path / 'a' / 'dataset.json').write_text('{"labels": null}')          # says that there are none
+    assert config('ect', '--data', tmp_path / 'a', '--res', 64).cond == 0
+    for name in ('n01', 'n10'): shutil.rmtree(tmp_path / 'a' / name)
+    (tmp_path / 'a' / 'dataset.json').unlink()
+    assert ect.load_data(config('ect', '--data', tmp_path / 'a', '--res', 64))[1] is None
+
+
+def test_imagenet64_is_cropped_from_class_folders_or_read_from_edm2s_zip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    zipped(tmp_path / 'source.zip', pictures(20, 64), np.arange(20) % 5)
+    (tmp_path / 'datasets').mkdir()
+    (tmp_path / 'source.zip').rename('datasets/img64.zip')
+    images, labels = ect.load_data(config('ect', '--data', 'imagenet64'))
+    assert images.shape == (20, 3, 64, 64) and labels.tolist() == [i % 5 for i in range(20)]
+    for i in range(3):
+        (tmp_path / 'train' / str(i)).mkdir(parents=True)
+        Image.new('RGB', (150, 99)).save(tmp_path / 'train' / str(i) / 'x.JPEG')
+    (tmp_path / 'datasets' / 'imagenet64').symlink_to(tmp_path / 'train')
+    images, labels = ect.load_data(config('ect', '--data', 'imagenet64'))
+    assert images.shape == (3, 3, 64, 64) and labels.tolist() == [0, 1, 2]
+
+
+def count_decodes(monkeypatch):
+    decode, seen = ect.decode, []
+    monkeypatch.setattr(ect, 'decode', lambda *args: seen.append(args) or decode(*args))
+    return seen
+
+
+def test_pictures_are_decoded_once_and_again_when_they_change(tmp_path, monkeypatch):
+    seen, path = count_decodes(monkeypatch), zipped(tmp_path / 'a[1].zip', pictures(20), np.arange(20) % 3)
+    load = lambda *argv: ect.load_data(config('ect', '--data', path, '--cond', 1, *argv))
+    first, labels = load()
+    monkeypatch.setattr(ect, 'pictures', None)              # the second start does not open the source
+    again, labels_again = load()
+    assert torch.equal(first, again) and torch.equal(labels, labels_again) and len(seen) == 1
+    monkeypatch.undo()
+    seen = count_decodes(monkeypatch)
+    assert load('--res', 16)[0].shape[-1] == 16 and load()[0].shape[-1] == 8 and len(seen) == 1
+    old = path.stat().st_mtime_ns - 10**12                  # another file, older than what was decoded
+    zipped(path, pictures(20, seed=1), np.arange(20) % 4)
+    os.utime(path, ns=(old, old))
+    other, labels = load()
+    assert not torch.equal(first, other) and labels.max() == 3 and len(seen) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a[1].zip', 'a[1].zip.16.decoded', 'a[1].zip.8.decoded']
+    path = tmp_path / 'tree'
+    zipfile.ZipFile(tmp_path / 'a[1].zip').extractall(path)
+    for change in (lambda: None, (path / '00000/img00000000.png').unlink, (path / 'dataset.json').unlink,
+                   lambda: Image.new('RGB', (8, 8)).save(path / '00001' / 'new.png')):
+        n = len(seen)
+        change()
+        load()
+        load()
+        assert len(seen) == n + 1
+    assert np.load(tmp_path / 'tree.8.decoded', mmap_mode='r').shape == (20, 3, 8, 8)
+
+
+def test_a_read_only_folder_leaves_what_is_decoded_in_datasets(tmp_path, monkeypatch):
+    zipped(tmp_path / 'a.zip', pictures(20))
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    monkeypatch.setattr(os, 'access', lambda *args: False)
+    seen = count_decodes(monkeypatch)
+    for _ in range(2): assert len(ect.load_data(config('ect', '--data', '../a.zip'))[0]) == 20
+    assert len(seen) == 1 and [p.name for p in tmp_path.rglob('*.decoded')] == ['a.zip.8.decoded']
+    assert (tmp_path / 'here' / 'datasets' / 'a.zip.8.decoded').exists()
+
+
+def test_a_damaged_picture_or_file_of_pictures_is_named_and_nothing_is_left(tmp_path, capfd):
+    folder = tmp_path / 'a'
+    folder.mkdir()
+    for i, image in enumerate(pictures(600)): Image.fromarray(image).save(folder / f'{i:03d}.png')
+    for name in ('550', '555'): (folder / f'{name}.png').write_bytes((folder / '000.png').read_bytes()[:60])
+    assert 'a/550.png cannot be read' in fails(capfd, 2, 'ect', '--data', folder, '--out', tmp_path / 'run')
+    (folder / '000.png').write_bytes(b'no picture')
+    assert 'a/000.png cannot be read' in fails(capfd, 2, 'ect', '--data', folder, '--out', tmp_path / 'run')
+    assert os.listdir(tmp_path) == ['a']
+    for name in ('000', '550', '555'): (folder / f'{name}.png').unlink()
+    ect.load_data(config('ect', '--data', folder))
+    left = (tmp_path / 'a.8.decoded').read_bytes()
+    for cut in (0, 50, 5000, -1):
+        (tmp_path / 'a.8.decoded').write_bytes(left[:cut])
+        line = fails(capfd, 2, 'ect', '--data', folder, '--out', tmp_path / 'run')
+        assert 'a.8.decoded cannot be read' in line and line.endswith('delete it'), line
+
+
+def slow_decoder(tmp_path, name, delay=0.02):
+    """A process that loads 300 pictures, slowly -> Popen"""
+    code = f"""
+import sys, time, ect
+crop = ect.crop
+ect.crop = lambda *args: time.sleep({delay}) or crop(*args)
+images, labels = ect.load_data(ect.config(['--data', {str(name)!r}, '--out', '/nowhere', '--cond', '1']))
+print(int(images.long().sum()), labels.sum().item())"""
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(HERE))
+    return subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=env)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGKILL', None)])
+def test_whoever_is_stopped_while_decoding_leaves_no_half_of_it(number, tmp_path):
+    path = zipped(tmp_path / 'a.zip', pictures(600), np.arange(600) % 7)
+    job = slow_decoder(tmp_path, path)
+    while job.poll() is None and not list(tmp_path.glob('*.part')): time.sleep(0.01)
+    time.sleep(0.3)
+    job.send_signal(number)
+    _, error = job.communicate(timeout=60)
+    if number == signal.SIGKILL: assert [p.suffix for p in tmp_path.glob('a.zip.*')] == ['.part']
+    else:
+        assert job.returncode == 128 + number and error.count('\n') == 1 and 'signal while it decoded' in error, error
+        assert os.listdir(tmp_path) == ['a.zip']
+    assert len(ect.load_data(config('ect', '--data', path))[0]) == 600
+
+
+def test_two_machines_decode_the_same_at_once_in_one_folder_or_in_two(tmp_path, monkeypatch):
+    images, crop = pictures(600), ect.crop
+    for folder in ('a', 'b'): (tmp_path / folder).mkdir()
+    zipped(tmp_path / 'a' / 'x.zip', images, np.arange(600) % 7)
+    shutil.copy(tmp_path / 'a' / 'x.zip', tmp_path / 'b' / 'x.zip')
+    monkeypatch.setattr(ect, 'crop', lambda *args: time.sleep(0.06) or crop(*args))         # begins later, is slower
+    for other in ('a', 'b'):
+        for old in tmp_path.rglob('*.decoded'): old.unlink()
+        job = slow_decoder(tmp_path, tmp_path / 'a' / 'x.zip', 0.015)
+        while job.poll() is None and not list(tmp_path.rglob('*.part')): time.sleep(0.01)
+        time.sleep(0.5)
+        got, _ = ect.load_data(config('ect', '--data', tmp_path / other / 'x.zip'))
+        out, error = job.communicate(timeout=60)
+        assert out.split() == [str(images.sum(dtype=int)), str(sum(i % 7 for i in range(600)))], error
+        assert torch.equal(got, tensor(images))
+        left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob('x.zip.*'))
+        assert left == [f'{folder}/x.zip.8.decoded' for folder in sorted({'a', other})]
+
+
+def test_what_another_run_has_mapped_is_not_replaced(tmp_path):
+    """A file that another machine maps and that is replaced on a network file system would end that machine's run."""
+    path = zipped(tmp_path / 'a.zip', pictures(600), np.arange(600) % 7)
+    job = slow_decoder(tmp_path, path, 0.002)
+    while job.poll() is None and not list(tmp_path.glob('*.part')): time.sleep(0.01)
+    ect.load_data(config('ect', '--data', path))
+    before = (tmp_path / 'a.zip.8.decoded').stat().st_ino
+    assert job.poll() is None
+    job.communicate(timeout=60)
+    assert (tmp_path / 'a.zip.8.decoded').stat().st_ino == before and len(os.listdir(tmp_path)) == 2
+
+
+def test_the_loop_does_not_wait_for_rows_that_take_less_time_than_a_step():
+    waits, made, last, steps = [], [], time.time(), range(3, 13)
+    for step, row in zip(steps, ect.ahead(lambda step: time.sleep(0.05) or made.append(step) or step, steps)):
+        waits.append(time.time() - last)
+        assert step == row and made in ([*steps[:step - 2]], [*steps[:step - 1]])      # one ahead at most
+        time.sleep(0.15)
+        last = time.time()
+    assert waits[0] > 0.04 and max(waits[1:]) < 0.03, waits
+    with pytest.raises(ZeroDivisionError): list(ect.ahead(lambda step: 1 // (5 - step), steps))
+    assert not [t.name for t in threading.enumerate() if 'ThreadPool' in t.name]
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -1750,7 +1955,7 @@ def test_a_step_sees_the_images_labels_and_flips_that_were_drawn(name, data, tmp
     saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 2, '--flip', 1, '--cond', 1, '--out', tmp_path)
     cfg = argparse.Namespace(**saved['config'])
     for x, labels, u, z, step in seen:
-        index, u_drawn, flips, z_drawn = module.draw(cfg, 40, 8, step, 'cpu')
+        (index, u_drawn, flips), z_drawn = module.draw(cfg, 40, 8, step), module.draw_z(cfg, 8, step, 'cpu')
         images = torch.from_numpy(pictures()[index]).permute(0, 3, 1, 2).float() / 127.5 - 1
         assert torch.equal(x, torch.stack([image.flip(2) if flip else image for image, flip in zip(images, flips)]))
         assert labels.tolist() == (index % 4).tolist() and torch.equal(u, u_drawn) and torch.equal(z, z_drawn)
@@ -2017,7 +2222,7 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
     ('--data {tmp}/broken.zip', 'broken.zip cannot be read: BadZipFile'),
     ('--data {tmp}/unlabelled.zip --cond 1', 'has no labels'),
     ('--data {tmp}/python.tar.gz', 'it holds no data_batch_*.bin: take the binary version'),
-    ('--data imagenet64', 'datasets/imagenet-64x64.zip cannot be read'),
+    ('--data imagenet64 --init none', 'datasets/img64.zip cannot be read'),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path, capfd):
     folder = tmp_path / 'data'
@@ -2109,7 +2314,9 @@ def test_image_i_is_a_function_of_seed_and_i(name, data, tmp_path):
 @needs_jpegs
 @every_method
 def test_real_pictures_train_resume_and_sample(name, tmp_path):
-    argv = ['--data', JPEGS, *'--ch 16 --blocks 1 --batch 8 --cond 1'.split(), *PHASES[name], '--out', tmp_path / 'run']
+    (tmp_path / 'x.zip').symlink_to(JPEGS)                  # what is decoded lands beside the link
+    argv = ['--data', tmp_path / 'x.zip', *'--ch 16 --blocks 1 --batch 8 --cond 1'.split(), *PHASES[name],
+            '--out', tmp_path / 'run']
     go(name, *argv, '--steps', 4)
     saved = go(name, *argv, '--steps', 8)
     assert saved['config']['classes'] == 10 and saved['config']['res'] == 32
@@ -2516,6 +2723,16 @@ def test_statistics_are_those_of_numpy_on_edms_subset_whatever_the_batch(small):
         np.testing.assert_allclose(found.mu, features.mean(0), rtol=0, atol=1e-7)
         np.testing.assert_allclose(found.sigma, np.cov(features.T), rtol=0, atol=1e-7)
         np.testing.assert_allclose(found.features, features, rtol=0, atol=1e-6)
+
+
+def test_of_more_than_50000_images_every_second_feature_is_kept_and_all_count(small, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (50_003, 2, 2, 3), dtype=np.uint8)
+    arrays(a=images)
+    features = small(tensor(images))[0].double().numpy()
+    found = fid.statistics(fid.survey('a.npz'), 0, small, 'w', settings(batch=1000))
+    np.testing.assert_allclose(found.mu, features.mean(0), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(found.sigma, np.cov(features.T), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(found.features, features[::2], rtol=0, atol=1e-6)
 
 
 def test_results_are_kept_by_content_not_by_name(small, tmp_path, capfd):
