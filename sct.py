@@ -238,7 +238,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     beta2=(         0.999,        0.999,        0.99,         'second moment decay, in [0, 1)'),
     t_ref=(         math.inf,     math.inf,     2000,         'lr / sqrt(max(step / t_ref, 1))'),
     anneal=(        1,            0,            0,            '1: lr falls linearly to 0 after the warm-up'),
-    ema=(           0.998,        0.9999,       0.9999,       'decay of the averaged weights [run_ecm.sh]'),
+    ema=(           0.998,        0.9999,       0.9999,       'decay of the average, in [0, 1) [run_ecm.sh]'),
     clip=(          math.inf,                                 'gradient norm limit'),
     P_mean=(        0.0,          -1.1,         -0.8,         'ln t ~ N(P_mean, P_std^2) [loss.py]; may be negative'),
     P_std=(         1.3,          2.0,          1.6,          'its standard deviation'),
@@ -246,9 +246,9 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     smooth=(        1,                                        "1: r approaches t continuously; 0: in ECT's stages"),
     edges=(         (),                                       'phased: inner edges of the segments of t, as 0.5,2,6'),
     eta=(           1.0,                                      'phased: samples step to eta times each edge'),
-    weak=(          0.5,                                      'part of training before f_weak is kept; 0: never'),
+    weak=(          0.5,                                      'part, in [0, 1), of training before f_weak is kept'),
     guidance=(      1.0,                                      'w: samples of f_weak + w (f - f_weak)'),
-    q=(             2.0,          2.0,          4.0,          '1 - r/t is n(t) / q^a in stage a [loss.py]'),
+    q=(             2.0,          2.0,          4.0,          '1 - r/t is n(t) / q^a in stage a, q > 1 [loss.py]'),
     d=(             400,          25_000,       25_000,       'steps per stage [run_ecm.sh: 250 ticks of 100]'),
     k=(             8.0,                                      'n(t) = 1 + k sigmoid(-b t) [loss.py]'),
     b=(             1.0,                                      'rate in n(t) [loss.py]'),
@@ -775,6 +775,14 @@ def config(argv=None):
         if value is False: kind = dict(action='store_true')
         parser.add_argument(f'--{name}', help=f'{meaning} [{", ".join(map(str, (value, *more)))}]', **kind)
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        *table, meaning = knobs[name]
+        low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
+        high = 1 if '0, 1)' in meaning else math.inf
+        for v in value if isinstance(value, tuple) else (value,):
+            zero = v == 0 and ('[0, ' in meaning or '0: ' in meaning)
+            if value not in table and isinstance(v, (int, float)) and not (low < v < high or zero):
+                stop(f'--{name} cannot be {v}: {meaning}')
     cfg = {name: value for name, (value, _) in FLAGS.items()} | given
     cfg['out'] = cfg['out'] or f'runs/{METHOD}-{Path(cfg["data"]).name.split(".")[0]}'
     saved, column, own = read_checkpoint(cfg['out']), cfg['data'], {}
@@ -791,13 +799,13 @@ def config(argv=None):
         if cfg['init'] == 'none': cfg['init'] = cfg.get('teacher', 'none')     # distillation starts from its teacher
         if cfg['init'] != 'none': cfg['warmup'] = given.get('warmup', 0)       # the checkpoint is the diffusion model
     if cfg['device'] == 'cpu' or not torch.cuda.is_available(): cfg['amp'] = given.get('amp', 'off')
-    for name, (*table, meaning) in knobs.items():
-        value, fraction = cfg[name], '[0, 1)' in meaning
-        if value in table or not isinstance(value, (int, float)): continue
-        least = value > 0 or 'negative' in meaning or value == 0 and (fraction or '0: ' in meaning)
-        if not (least and abs(value) < (1 if fraction else math.inf)): stop(f'--{name} cannot be {value}: {meaning}')
-    halvings = len(cfg['mult']) - 1
+    halvings, widths = len(cfg['mult']) - 1, [int(cfg['ch'] * m) for m in cfg['mult']]
     if cfg['res'] % 2**halvings: stop(f'side {cfg["res"]} cannot be halved {halvings} times: change --res or --mult')
+    if cfg['ch'] < 4 or cfg['ch'] % 2 or any(w < 1 or w % max(1, w // (cfg['head_dim'] or w)) for w in widths):
+        stop(f'no network has {widths} channels: --ch is even, 4 or more; --head_dim divides --ch times --mult')
+    for low, high in (('s0', 's1'), ('t_min', 't_transition'), ('t_transition', 't_max')):
+        if cfg.get(low, 0) > cfg.get(high, math.inf): stop(f'--{low} {cfg[low]} is above --{high} {cfg[high]}')
+    if list(cfg['ts']) != sorted(cfg['ts'], reverse=True): stop(f'--ts {cfg["ts"]}: noise levels fall')
     if len(cfg['ts']) < cfg['nfe']: stop(f'--nfe {cfg["nfe"]} needs as many noise levels, --ts is {cfg["ts"]}')
     if cfg['label'] >= cfg['classes'] * cfg['cond']: stop(f'--label {cfg["label"]}: the network has no such class')
     return argparse.Namespace(**cfg)

@@ -1611,7 +1611,9 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
     ('--step 5', 'unrecognized'), ('--batch x', 'invalid int value'), ('--amp fp8', 'invalid choice'),
     ('--ts 80,x', 'invalid numbers value'), ('--nfe 3', '--nfe 3 needs'), ('--res 18', 'cannot be halved'),
     ('--sample 4', 'no checkpoint'), ('--dropout 1', '--dropout cannot be 1.0: dropout rate in [0, 1)'),
-    ('--lr nan', '--lr cannot be nan'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
+    ('--lr nan', '--lr cannot be nan'), ('--res -1', '--res cannot be -1'), ('--ts 1,2', 'noise levels fall'),
+    ('--ts 80,nan', '--ts cannot be nan'), ('--mult 1,0', '--mult cannot be 0.0'), ('--ch 7', 'no network has'),
+    ('--head_dim 3', 'no network has'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
     ('--label 3', 'no such class'), ('--gpus 64', 'this machine has'),
     ('--gpus 999 --device cpu', 'this machine has'), ('--data {here}/README.md', 'folder, .zip or .tar.gz'),
     ('--data {tmp}', 'it holds no pictures'), ('--data {data} --cond 1 --init {tmp}/x.pt', 'x.pt cannot be read'),
@@ -1630,6 +1632,52 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path,
     argv = argv.format(here=HERE, tmp=folder, data=data).split()
     line = fails(capfd, 2, 'ect', '--out', tmp_path / 'run', *argv)
     assert message in line and not (tmp_path / 'run').exists()
+
+
+# what every knob takes of -1, 0, 2, inf, nan and a word; the others are refused
+TAKES = {'-1': {'seed', 'label', 'P_mean', 'mu'}, 'inf': {'clip', 't_ref', 't_ref_stage1'},
+         '0': set('micro seed P_mean warmup stage1 anneal beta2 ema ema_gamma c cond flip head_dim dropout '
+                  'dropout_warmup mu boundary_prob ratio_limit refs smooth weak adaptive scd heun'.split()),
+         '2': set('gpus nfe seed steps warmup stage1 batch batch_stage1 micro lr lr_warmup lr_stage1 t_ref t_ref_stage1 clip '
+                  'c P_mean P_std q d k b ts classes mult blocks attn head_dim save_every log_every rho s0 N '
+                  't_max fourier ema_gamma H heun refs edges eta guidance nu sigma w_boundary mu t_transition'.split())}
+WORDS = {'out', 'save', 'init', 'teacher'}              # and any text
+NOT = {('ct', 'mu', '-1'), ('ct', 'mu', '2'), ('scm', 'c', '0'), ('tcm', 'clip', 'inf')}     # other meanings
+
+
+def walk(name):
+    """Every knob and flag of the script with odd values, and whether that has a meaning"""
+    for knob, word in itertools.product(MODULES[name].FLAGS | MODULES[name].CONFIG, [*TAKES, 'nan', 'word']):
+        if knob not in ('compile', 'sample'):
+            yield knob, word, knob in WORDS or knob in TAKES.get(word, ()) and (name, knob, word) not in NOT
+
+
+@every_method
+def test_every_knob_takes_what_has_a_meaning_and_refuses_the_rest_in_one_line(name, capfd):
+    for knob, word, right in walk(name):
+        try: config(name, f'--{knob}={word}', *(['--ch', 8] if knob == 'head_dim' else []))
+        except SystemExit as end:
+            lines = capfd.readouterr().err.splitlines()
+            assert end.code == 2 and len(lines) == 1 and knob in lines[0] and not right, (knob, word, lines)
+        else: assert right, f'--{knob} {word} of {name}.py is taken'
+
+
+@slow
+@every_method
+def test_slow_what_every_knob_takes_runs_or_ends_in_one_line(name, data, tmp_path, monkeypatch, capfd):
+    """Some steps of a small network in every phase, without pictures; a learning rate of 2 may end in NaN."""
+    monkeypatch.setattr(MODULES[name], 'generate', lambda cfg, net, index, *_: torch.zeros(len(index), 3, 8, 8))
+    monkeypatch.setattr(MODULES[name], 'picture_grid', lambda *args: None)
+    monkeypatch.chdir(tmp_path)
+    phases, ran = [re.sub('^[34]$', '1', word) for word in PHASES[name]], 0
+    for knob, word, right in walk(name):
+        if not right or knob == 'gpus' or knob in WORDS: continue
+        argv = ['--data', data, *TINY, *phases, '--steps', 4, '--save_every', 2, f'--{knob}={word}', '--out', 'run']
+        try: go(name, *argv)
+        except SystemExit as end: assert end.code == 1 and knob == 'lr', (knob, word, capfd.readouterr().err)
+        shutil.rmtree('run', ignore_errors=True)
+        ran += 1
+    print(f'{name}: {ran} values ran')
 
 
 @pytest.mark.parametrize('labels', [[-1, 0], [0.5, 1], [None, 1], ['a', 'b'], [10**9, 0], [1]])
