@@ -7,7 +7,7 @@ Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k
 Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
 """
 import argparse, ast, contextlib, difflib, hashlib, importlib, io, itertools, json, math, os, pickle, re, shutil, signal
-import struct, subprocess, sys, tarfile, time, zipfile, zlib
+import struct, subprocess, sys, tarfile, tempfile, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,7 +75,12 @@ def deep_rgb():
 
 
 @pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+def seed():
+    """The same random numbers in each test, whose handlers of signals do not outlive it"""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    torch.manual_seed(0)
+    yield
+    for s, handler in handlers.items(): signal.signal(s, handler)
 
 
 @pytest.fixture(scope='session')
@@ -92,9 +97,7 @@ def run(name, *argv, env=None, cwd=None, timeout=300):
 def go(name, *argv):
     """The script's main in this process; returns the checkpoint it left."""
     argv = list(map(str, argv))
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: MODULES[name].main(argv)
-    finally: [signal.signal(s, h) for s, h in handlers.items()]
+    MODULES[name].main(argv)
     return torch.load(Path(argv[argv.index('--out') + 1]) / 'latest.pt', weights_only=True)
 
 
@@ -111,7 +114,7 @@ def assert_same(a, b, **tolerance):
     for key in a: close(a[key], b[key], msg=lambda m: f'{key}: {m}', **tolerance)
 
 
-def config(name, *argv): return MODULES[name].config(['--out', '/nowhere/run', *map(str, argv)])
+def config(name, *argv): return MODULES[name].config(['--out', f'{tempfile.gettempdir()}/nowhere/run', *map(str, argv)])
 
 
 def generator(seed): return torch.Generator().manual_seed(seed)
@@ -1606,6 +1609,135 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
     assert_same(whole['loss'], parts['loss'], rtol=1e-4, atol=1e-6)
 
 
+def started(name, *argv, patch=''):
+    """The script as a process of its own, whose `m` the lines of patch may have changed -> Popen"""
+    code = f"""import os, signal, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import {name} as m
+{patch}
+if __name__ == '__main__': m.main(sys.argv[1:])"""
+    file = Path(tempfile.mkdtemp(), f'{name}_patched.py')
+    file.write_text(code)
+    return subprocess.Popen([sys.executable, file, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+
+
+def until(job, text):
+    for line in job.stdout:
+        if text in line: return
+    raise AssertionError(job.stderr.read())
+
+
+def log_steps(folder): return [int(line.split(',')[0]) for line in (folder / 'log.csv').read_text().splitlines()[1:]]
+
+
+def test_a_killed_run_resumes_bitwise_without_double_rows_and_a_folder_has_one_run(data, tmp_path, capfd):
+    argv = ['--data', data, *TINY, '--warmup', 8, '--save_every', 10, '--log_every', 1, '--out']
+    job = started('ect', *argv, tmp_path / 'run', '--steps', 24, patch="""report = m.report
+def slow(cfg, row, left):
+    report(cfg, row, left)
+    if row['step'] == 14: print('here', flush=True), time.sleep(60)
+m.report = slow""")
+    until(job, 'here')
+    assert 'another run is at work in' in fails(capfd, 2, 'ect', *argv, tmp_path / 'run', '--steps', 24)
+    assert log_steps(tmp_path / 'run')[-1] == 14
+    job.kill(), job.wait()
+    parts, whole = (go('ect', *argv, tmp_path / out, '--steps', 24) for out in ('run', 'whole'))
+    assert_same(whole['loss'] | whole['ema'], parts['loss'] | parts['ema'], rtol=0, atol=0)
+    assert log_steps(tmp_path / 'run') == list(range(1, 25))
+    (tmp_path / 'run' / 'latest.pt').unlink()
+    go('ect', *argv, tmp_path / 'run', '--steps', 3)
+    assert log_steps(tmp_path / 'run') == [1, 2, 3]
+
+
+@slow
+@every_method
+def test_slow_thirty_kills_at_random_moments_change_nothing(name, data, tmp_path):
+    argv = ['--data', data, *TINY, *PHASES[name], '--dropout', 0.3, '--save_every', 1, '--log_every', 1, '--steps', 60]
+    rng, kills = np.random.default_rng(0), 0
+    while kills < 30:
+        job = started(name, *argv, '--out', tmp_path / 'run')
+        if rng.random() < 0.9: until(job, ' steps ')
+        time.sleep(rng.uniform(0, 0.4))
+        job.kill()
+        assert job.wait() == -signal.SIGKILL, 'it ended before 30 kills'
+        kills += 1
+    at = torch.load(tmp_path / 'run' / 'latest.pt', weights_only=True)['step']
+    parts, whole = (go(name, *argv, '--out', tmp_path / out) for out in ('run', 'whole'))
+    assert_same(whole['loss'] | whole['ema'], parts['loss'] | parts['ema'], rtol=0, atol=0)
+    assert log_steps(tmp_path / 'run') == list(range(1, 61)) and not list((tmp_path / 'run').glob('*.part'))
+    print(f'{name}: {kills} kills survived, the last at step {at} of 60')
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds the processes of a run in Linux')
+@pytest.mark.parametrize('rank', [0, pytest.param(1, marks=slow)])
+def test_a_process_that_dies_ends_the_run_with_the_reason(rank, data, tmp_path):
+    job = started('ect', '--data', data, *TINY, '--steps', 100_000, '--gpus', 2, '--device', 'cpu', '--out', tmp_path)
+    until(job, ' 10 ')
+    pids = Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()
+    pids = [int(pid) for pid in pids if 'spawn_main' in Path(f'/proc/{pid}/cmdline').read_text()]
+    began = time.time()
+    os.kill(pids[rank], signal.SIGKILL)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == 137 and error.strip() == f'ect.py: process {rank} was ended by SIGKILL', error
+    print(f'ended {time.time() - began:.0f} s later')
+
+
+LOAD = """def broken(cfg):
+    if os.environ['RANK'] in {ranks}: {what}
+    return load(cfg)
+load, m.load_data = m.load_data, broken"""
+
+
+@pytest.mark.parametrize('ranks, what, code, words', [
+    ('1', "m.stop('it refuses')", 2, 'ect.py: it refuses'),
+    pytest.param('0', "m.stop('it refuses')", 2, 'ect.py: it refuses', marks=slow),
+    pytest.param('01', "raise OSError('disk')", 1, 'ect.py: disk. What was saved in', marks=slow),
+    pytest.param('1', "raise RuntimeError('out of memory')", 1, 'out of memory', marks=slow)])
+def test_what_one_of_several_processes_says_is_told_once_and_alone(ranks, what, code, words, data, tmp_path):
+    """A traceback is left to errors that nobody foresaw."""
+    job = started('ect', '--data', data, *TINY, '--steps', 4, '--gpus', 2, '--device', 'cpu', '--out', tmp_path / 'run',
+                  patch=LOAD.format(ranks=repr(ranks), what=what))
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == code and error.count(words) == 1, error
+    assert len(error.strip().splitlines()) == 1 or words == 'out of memory', error
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_data_is_read_while_sampling_and_during_a_checkpoint(number, data, tmp_path, monkeypatch, capfd):
+    argv, load, save = ['--data', data, *TINY, '--warmup', 4, '--out', tmp_path / 'run'], ect.load_data, torch.save
+
+    def hit(function, times=1):
+        def wrapped(*args):
+            for _ in range(times): signal.raise_signal(number)
+            return function(*args)
+        return wrapped
+    monkeypatch.setattr(ect, 'load_data', hit(load))
+    assert f'ended by {number.name}' in fails(capfd, 128 + number, 'ect', *argv, '--steps', 4)
+    assert not (tmp_path / 'run').exists()
+    monkeypatch.setattr(ect, 'load_data', load)
+    monkeypatch.setattr(torch, 'save', hit(save, 2))            # an impatient second one changes nothing
+    line = fails(capfd, 128 + number, 'ect', *argv, '--steps', 8, '--save_every', 4)
+    assert 'stopped by a signal and saved at step 5' in line
+    assert torch.load(tmp_path / 'run' / 'latest.pt', weights_only=True)['step'] == 5
+    monkeypatch.setattr(ect, 'generate', hit(ect.generate))
+    assert f'ended by {number.name}' in fails(capfd, 128 + number, 'ect', '--out', tmp_path / 'run', '--sample', 10)
+    assert not list((tmp_path / 'run').glob('samples.npz*'))
+
+
+def test_a_closed_pipe_is_one_line(data, tmp_path):
+    job = started('ect', '--data', data, *TINY, '--warmup', 4, '--steps', 100_000, '--out', tmp_path)       # | head -2
+    job.stdout.readline(), job.stdout.readline(), job.stdout.close()
+    error = job.stderr.read()
+    assert job.wait(60) == 1 and 'Broken pipe' in error and len(error.splitlines()) == 1, error
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused_at_once(data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(os, 'access', lambda *args: False)
+    assert 'is no folder one may write to' in fails(capfd, 2, 'ect', '--data', data, '--out', tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize('argv, message', [
     ('--data nowhere.zip', 'nowhere.zip cannot be read: FileNotFoundError'), ('--steps 0', '--steps cannot be 0'),
     ('--step 5', 'unrecognized'), ('--batch x', 'invalid int value'), ('--amp fp8', 'invalid choice'),
@@ -1614,6 +1746,7 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
     ('--lr nan', '--lr cannot be nan'), ('--res -1', '--res cannot be -1'), ('--ts 1,2', 'noise levels fall'),
     ('--ts 80,nan', '--ts cannot be nan'), ('--mult 1,0', '--mult cannot be 0.0'), ('--ch 7', 'no network has'),
     ('--head_dim 3', 'no network has'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
+    ('--out {tmp}/file', '{tmp}/file is no folder one may write to'), ('--save {tmp}/file/s.npz', 'file is no folder'),
     ('--label 3', 'no such class'), ('--gpus 64', 'this machine has'),
     ('--gpus 999 --device cpu', 'this machine has'), ('--data {here}/README.md', 'folder, .zip or .tar.gz'),
     ('--data {tmp}', 'it holds no pictures'), ('--data {data} --cond 1 --init {tmp}/x.pt', 'x.pt cannot be read'),
@@ -1626,21 +1759,22 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
 def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path, capfd):
     folder = tmp_path / 'data'
     folder.mkdir()
+    (folder / 'file').touch()
     if 'broken' in argv: (folder / 'broken.zip').write_bytes(b'PK not a zip')
     if 'unlabelled' in argv: zipped(folder / 'unlabelled.zip', pictures(4))
     if 'python' in argv: tarfile.open(folder / 'python.tar.gz', 'w:gz').close()
     argv = argv.format(here=HERE, tmp=folder, data=data).split()
     line = fails(capfd, 2, 'ect', '--out', tmp_path / 'run', *argv)
-    assert message in line and not (tmp_path / 'run').exists()
+    assert message.format(tmp=folder) in line and not (tmp_path / 'run').exists()
 
 
 # what every knob takes of -1, 0, 2, inf, nan and a word; the others are refused
 TAKES = {'-1': {'seed', 'label', 'P_mean', 'mu'}, 'inf': {'clip', 't_ref', 't_ref_stage1'},
          '0': set('micro seed P_mean warmup stage1 anneal beta2 ema ema_gamma c cond flip head_dim dropout '
                   'dropout_warmup mu boundary_prob ratio_limit refs smooth weak adaptive scd heun'.split()),
-         '2': set('gpus nfe seed steps warmup stage1 batch batch_stage1 micro lr lr_warmup lr_stage1 t_ref t_ref_stage1 clip '
-                  'c P_mean P_std q d k b ts classes mult blocks attn head_dim save_every log_every rho s0 N '
-                  't_max fourier ema_gamma H heun refs edges eta guidance nu sigma w_boundary mu t_transition'.split())}
+         '2': set('gpus nfe seed steps warmup stage1 batch batch_stage1 micro lr lr_warmup lr_stage1 t_ref '
+                  't_ref_stage1 clip c P_mean P_std q d k b ts classes mult blocks attn head_dim save_every log_every rho '
+                  's0 N t_max fourier ema_gamma H heun refs edges eta guidance nu sigma w_boundary mu t_transition'.split())}
 WORDS = {'out', 'save', 'init', 'teacher'}              # and any text
 NOT = {('ct', 'mu', '-1'), ('ct', 'mu', '2'), ('scm', 'c', '0'), ('tcm', 'clip', 'inf')}     # other meanings
 
@@ -1674,7 +1808,8 @@ def test_slow_what_every_knob_takes_runs_or_ends_in_one_line(name, data, tmp_pat
         if not right or knob == 'gpus' or knob in WORDS: continue
         argv = ['--data', data, *TINY, *phases, '--steps', 4, '--save_every', 2, f'--{knob}={word}', '--out', 'run']
         try: go(name, *argv)
-        except SystemExit as end: assert end.code == 1 and knob == 'lr', (knob, word, capfd.readouterr().err)
+        except SystemExit as end:
+            assert (knob, end.code) in (('lr', 1), ('refs', 2)), (knob, word, capfd.readouterr().err)
         shutil.rmtree('run', ignore_errors=True)
         ran += 1
     print(f'{name}: {ran} values ran')
