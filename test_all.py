@@ -1772,9 +1772,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path,
 TAKES = {'-1': {'seed', 'label', 'P_mean', 'mu'}, 'inf': {'clip', 't_ref', 't_ref_stage1'},
          '0': set('micro seed P_mean warmup stage1 anneal beta2 ema ema_gamma c cond flip head_dim dropout '
                   'dropout_warmup mu boundary_prob ratio_limit refs smooth weak adaptive scd heun'.split()),
-         '2': set('gpus nfe seed steps warmup stage1 batch batch_stage1 micro lr lr_warmup lr_stage1 t_ref '
-                  't_ref_stage1 clip c P_mean P_std q d k b ts classes mult blocks attn head_dim save_every log_every rho '
-                  's0 N t_max fourier ema_gamma H heun refs edges eta guidance nu sigma w_boundary mu t_transition'.split())}
+         '2': set('gpus nfe seed steps warmup stage1 batch batch_stage1 micro lr lr_warmup lr_stage1 t_ref t_ref_stage1 '
+                  'clip c P_mean P_std q d k b ts classes mult blocks attn head_dim save_every log_every rho s0 N t_max '
+                  'fourier ema_gamma H heun refs edges eta guidance nu sigma w_boundary mu t_transition'.split())}
 WORDS = {'out', 'save', 'init', 'teacher'}              # and any text
 NOT = {('ct', 'mu', '-1'), ('ct', 'mu', '2'), ('scm', 'c', '0'), ('tcm', 'clip', 'inf')}     # other meanings
 
