@@ -31,7 +31,9 @@ GOLDEN = HERE.parent / 'shared' / 'golden'
 JPEGS = HERE.parent / 'shared' / 'cifar10-jpeg-10k.zip'
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason='needs ../shared/golden, outputs of the official code')
 needs_jpegs = pytest.mark.skipif(not JPEGS.exists(), reason='needs ../shared/cifar10-jpeg-10k.zip')
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+GPU = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+needs_gpu = pytest.mark.skipif(GPU.type == 'cpu' and 'GPU_CHECK' not in os.environ,
+                               reason='needs a GPU (GPU_CHECK=cpu tries the check itself without one)')
 slow = pytest.mark.skipif(not any('slow' in word for word in sys.argv), reason='slow: pytest -k slow test_all.py')
 every_method = pytest.mark.parametrize('name', METHODS)
 
@@ -1690,7 +1692,7 @@ load, m.load_data = m.load_data, broken"""
 
 
 @pytest.mark.parametrize('ranks, what, code, words', [
-    ('1', "m.stop('it refuses')", 2, 'ect.py: it refuses'),
+    ('1', "__import__('atexit').register(time.sleep, 2), m.stop('it refuses')", 2, 'ect.py: it refuses'),
     pytest.param('0', "m.stop('it refuses')", 2, 'ect.py: it refuses', marks=slow),
     pytest.param('01', "raise OSError('disk')", 1, 'ect.py: disk. What was saved in', marks=slow),
     pytest.param('1', "raise RuntimeError('out of memory')", 1, 'out of memory', marks=slow)])
@@ -1772,9 +1774,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path,
 TAKES = {'-1': {'seed', 'label', 'P_mean', 'mu'}, 'inf': {'clip', 't_ref', 't_ref_stage1'},
          '0': set('micro seed P_mean warmup stage1 anneal beta2 ema ema_gamma c cond flip head_dim dropout '
                   'dropout_warmup mu boundary_prob ratio_limit refs smooth weak adaptive scd heun'.split()),
-         '2': set('gpus nfe seed steps warmup stage1 batch batch_stage1 micro lr lr_warmup lr_stage1 t_ref t_ref_stage1 '
-                  'clip c P_mean P_std q d k b ts classes mult blocks attn head_dim save_every log_every rho s0 N t_max '
-                  'fourier ema_gamma H heun refs edges eta guidance nu sigma w_boundary mu t_transition'.split())}
+         '2': set('gpus nfe seed steps warmup stage1 batch batch_stage1 micro lr lr_warmup lr_stage1 t_ref '
+                  't_ref_stage1 clip c P_mean P_std q d k b ts classes mult blocks attn head_dim save_every log_every '
+                  'rho s0 N t_max fourier ema_gamma H heun refs edges eta guidance nu sigma w_boundary mu '
+                  't_transition'.split())}
 WORDS = {'out', 'save', 'init', 'teacher'}              # and any text
 NOT = {('ct', 'mu', '-1'), ('ct', 'mu', '2'), ('scm', 'c', '0'), ('tcm', 'clip', 'inf')}     # other meanings
 
@@ -1902,13 +1905,162 @@ def test_real_pictures_train_resume_and_sample(name, tmp_path):
     assert np.load(tmp_path / 'run' / 'samples.npz')['arr_0'].shape == (3, 32, 32, 3)
 
 
+# ---- the GPU check: `pytest -s -k gpu test_all.py` prints a line for each claim, with its measured value and its limit
+
+@pytest.fixture
+def say(capfd):
+    """Prints a line of the table, whatever pytest captures, and holds a value to its limit."""
+    def line(text, value=None, limit=None):
+        capfd.readouterr()              # what the scripts have printed
+        mark = '--' if limit is None else 'ok' if value <= limit else 'FAILED'
+        if limit is not None: text += f': {value:.3g}, at most {limit:g}'
+        with capfd.disabled(): print(f'\n{mark:8s}{text}', end='', flush=True)
+        assert mark != 'FAILED', text
+    return line
+
+
+def relative(a, b): return ((a - b).norm() / b.norm()).item()
+
+
+def flat(saved): return torch.cat([v.flatten().double() for v in saved['loss'].values()])
+
+
+@needs_gpu
+def test_gpu_is_named(say):
+    where = torch.cuda.get_device_name() if GPU.type == 'cuda' else 'GPU, the CPU stands for one'
+    say(f'{torch.cuda.device_count()} x {where}; torch {torch.__version__}, CUDA {torch.version.cuda}')
+
+
+def first_step(name, device, amp):
+    """Loss (16,) and gradient, on the CPU in float64, of a step behind the warm-up; network and images are random"""
+    module, cfg = MODULES[name], config(name, *TINY, *PHASES[name], '--res', 16, '--cond', 1, '--amp', amp)
+    loss = module.Loss(module.UNet(cfg), cfg, None)
+    torch.manual_seed(0)
+    for p in loss.parameters(): nn.init.normal_(p, std=0.1)
+    (x, z), u, y = torch.randn(2, 16, 3, 16, 16), torch.rand(16).double(), torch.arange(16) % 10
+    loss.to(device)
+    torch.backends.cudnn.allow_tf32 = amp != 'off'
+    torch.set_float32_matmul_precision('highest' if amp == 'off' else 'high')
+    with module.autocast(cfg, device):
+        value = loss(0.5 * x.to(device), y.to(device), u, z.to(device), getattr(cfg, 'warmup', 0))
+    value.mean().backward()
+    grads = [p.grad.flatten() for p in loss.parameters() if p.grad is not None]
+    return value.detach().double().cpu(), torch.cat(grads).double().cpu()
+
+
 @needs_gpu
 @every_method
-def test_gpu_runs_every_precision_and_compile(name, data, tmp_path):
-    for amp in ('off', 'bf16', 'fp16'):
-        saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 30, '--amp', amp, '--out', tmp_path / amp)
-        assert all(v.isfinite().all() for v in saved['ema'].values())
-    go(name, '--data', data, *TINY, *PHASES[name], '--steps', 8, '--compile', '--out', tmp_path / 'compile')
+def test_gpu_step_is_that_of_the_cpu(name, say):
+    value, grad = first_step(name, torch.device('cpu'), 'off')
+    for amp, limit in (('off', 1e-4), ('tf32', 0.05), ('fp16', 0.05), ('bf16', 0.4)):
+        low_value, low_grad = first_step(name, GPU, amp)
+        say(f'{name}, {amp}: error of the loss of a step against the CPU', relative(low_value, value), limit)
+        say(f'{name}, {amp}: error of its gradient', relative(low_grad, grad), limit)
+
+
+@needs_gpu
+@every_method
+def test_gpu_trains_every_phase_in_every_precision(name, data, tmp_path, say):
+    for amp in ('off', 'tf32', 'fp16', 'bf16'):
+        saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 12, '--amp', amp, '--out', tmp_path / amp)
+        say(f'{name}, {amp}: weights not finite after 12 steps of all phases', (~flat(saved).isfinite()).sum(), 0)
+
+
+@needs_gpu
+@every_method
+def test_gpu_resumes_where_it_stopped(name, data, tmp_path, monkeypatch, say):
+    """Not to the bit: cuDNN picks its kernels anew in each process, and some of them add in any order."""
+    argv, report = ['--data', data, *TINY, *PHASES[name], '--amp', 'off', '--steps', 9, '--out'], MODULES[name].report
+    whole = go(name, *argv, tmp_path / 'whole')
+
+    def interrupted(cfg, row, left):
+        report(cfg, row, left)
+        if row['step'] == 4: signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(MODULES[name], 'report', interrupted)
+    with pytest.raises(SystemExit): go(name, *argv, tmp_path / 'parts')
+    parts = go(name, *argv, tmp_path / 'parts')
+    say(f'{name}: weights of 5 + 4 steps against 9', relative(flat(parts), flat(whole)), 1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize('name', ['ect', 'scm'])
+def test_gpu_run_is_that_of_micro_batches_of_two_gpus_and_compiled(name, data, tmp_path, say):
+    argv, ways = ['--data', data, *TINY, *PHASES[name], '--steps', 8, '--amp', 'off', '--out'], {'--micro 3': []}
+    if torch.cuda.device_count() > 1:
+        ways |= {'--gpus 2': [], 'torchrun': '-m torch.distributed.run --standalone --nproc-per-node 2'.split()}
+    ways['--compile'] = []
+    one = flat(go(name, *argv, tmp_path / 'one'))
+    for way, before in ways.items():
+        after = way.split() if way.startswith('--') else []
+        command = [sys.executable, *before, HERE / f'{name}.py', *argv, tmp_path / way, *after]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        saved = torch.load(tmp_path / way / 'latest.pt', weights_only=True, map_location='cpu')
+        say(f'{name} {way}: weights after 8 steps against one process', relative(flat(saved), one), 1e-3)
+    if '--gpus 2' not in ways: say(f'{name} --gpus 2 and torchrun: not tried, there are not two GPUs')
+
+
+@needs_gpu
+def test_gpu_tangent_is_torchs_own_and_that_of_the_cpu(say):
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cudnn.allow_tf32 = False
+    for arch in ('scm', 'ddpmpp'):
+        net, (x, z, t), g = random_net('scm', '--arch', arch, '--head_dim', 8).float(), scm_inputs(), {}
+        for device in (torch.device('cpu'), GPU):
+            x, z = x.float().to(device), z.float().to(device)
+            g[device.type] = scm_loss(net.to(device)).float().tangent(x, None, z, t, 110)[1].cpu()
+        x_t, dx, cos, sin = (v.to(x) for v in on_path(x.cpu().double(), z.cpu().double(), t))
+        value, J = torch.func.jvp(lambda v, s: net(2 * v, s) if arch == 'scm' else scm.F(net, v, s), (x_t, t.to(x)),
+                                  (0.5 * cos * sin * dx, (0.5 * cos * sin).flatten()))
+        own = (-cos**2 * (0.5 * value - dx) - cos * sin * x_t - J).cpu()
+        say(f'scm, {arch}: error of the tangent g against torch.func.jvp', relative(g[GPU.type], own), 1e-3)
+        say(f'scm, {arch}: error of the tangent g against the CPU', relative(g[GPU.type], g['cpu']), 1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize('network, batch', [('CIFAR-10', 64), ('CIFAR-10', 256), ('glyphs', 32)])
+def test_gpu_speed_memory_and_waiting(network, batch, tmp_path, monkeypatch, say):
+    """Steps 21 to 40 timed by the script; in 41 to 50 the spans of all kernels."""
+    source = zipped(tmp_path / 'd.zip', pictures(512, 32)) if network == 'CIFAR-10' else 'glyphs'
+    argv = ['--data', source, '--batch', batch, '--warmup', 1, '--log_every', 10, '--out', tmp_path / 'run']
+    if GPU.type == 'cpu': argv += TINY[:8]
+    kind = torch.profiler.ProfilerActivity
+    trace = torch.profiler.profile(activities=[kind.CUDA if GPU.type == 'cuda' else kind.CPU])
+    report, rates, times = ect.report, [], []
+
+    def watched(cfg, row, left):
+        report(cfg, row, left)
+        rates.append(row['images_per_second'])
+        if row['step'] == 40: trace.start()
+        times.append(time.time())
+        if row['step'] == 50: trace.stop()
+    monkeypatch.setattr(ect, 'report', watched)
+    if GPU.type == 'cuda': torch.cuda.reset_peak_memory_stats()
+    try: go('ect', *argv, '--steps', 50)
+    except torch.OutOfMemoryError: pytest.skip(f'the {network} network at batch {batch} does not fit this GPU')
+    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events()
+                   if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)
+    busy, last = 0, 0
+    for start, end in spans: busy, last = busy + max(0, end - max(start, last)), max(end, last)
+    waits = 1 - busy / 1e6 / (times[4] - times[3])
+    memory = torch.cuda.max_memory_allocated() / 2**30 if GPU.type == 'cuda' else 0
+    what = f'ect, {network} network, batch {batch}'
+    say(f'{what}: {np.mean(rates[2:4]):.0f} images/s in float32, {memory:.2f} GB')
+    if GPU.type == 'cuda': say(f'{what}: share of time the GPU waits', waits, 1 if network == 'glyphs' else 0.1)
+
+
+@needs_gpu
+def test_gpu_speed_of_fid(say):
+    net, images = fid.Inception(), torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, device=GPU)
+    for layer in net.modules():
+        if isinstance(layer, fid.Conv): layer.fold()
+    net, count = net.to(GPU, memory_format=torch.channels_last).eval(), 20 if GPU.type == 'cuda' else 1
+    with torch.inference_mode():
+        net(images)[0].sum().item()
+        began = time.time()
+        for _ in range(count): features = net(images)[0]
+        features.sum().item()
+    say(f'fid.py, Inception, batch 64: {64 * count / (time.time() - began):.0f} images/s')
 
 
 def judged(folder, *paths):
