@@ -1692,7 +1692,7 @@ load, m.load_data = m.load_data, broken"""
 
 
 @pytest.mark.parametrize('ranks, what, code, words', [
-    ('1', "__import__('atexit').register(time.sleep, 2), m.stop('it refuses')", 2, 'ect.py: it refuses'),
+    ('1', "m.stop('it refuses')", 2, 'ect.py: it refuses'),
     pytest.param('0', "m.stop('it refuses')", 2, 'ect.py: it refuses', marks=slow),
     pytest.param('01', "raise OSError('disk')", 1, 'ect.py: disk. What was saved in', marks=slow),
     pytest.param('1', "raise RuntimeError('out of memory')", 1, 'out of memory', marks=slow)])
@@ -1952,7 +1952,7 @@ def first_step(name, device, amp):
 @every_method
 def test_gpu_step_is_that_of_the_cpu(name, say):
     value, grad = first_step(name, torch.device('cpu'), 'off')
-    for amp, limit in (('off', 1e-4), ('tf32', 0.05), ('fp16', 0.05), ('bf16', 0.4)):
+    for amp, limit in (('off', 1e-4), ('tf32', 0.05), ('fp16', 0.05), ('bf16', 0.1)):
         low_value, low_grad = first_step(name, GPU, amp)
         say(f'{name}, {amp}: error of the loss of a step against the CPU', relative(low_value, value), limit)
         say(f'{name}, {amp}: error of its gradient', relative(low_grad, grad), limit)
