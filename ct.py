@@ -34,8 +34,8 @@ Sources: the paper, and its code openai/consistency_models (e32b69e; torch) and 
   ImageNet-64 it was an ADM network, which is not read here: TEACHER is the latest.pt of
   ect.py --data imagenet64 --init none --arch ddpmpp --steps 400000 --warmup 400000.
 """
-import argparse, contextlib, copy, csv, glob, hashlib, io, json, math, os, pickle, signal, socket, sys, tarfile, time
-import warnings, zipfile
+import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile
+import time, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -174,16 +174,16 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     opt=(           'RAdam',                                  'optimiser [Table 3]'),
     beta2=(         0.999,                                    'second moment decay, in [0, 1)'),
     anneal=(        1,            0,            0,            '1: lr falls linearly to 0'),
-    ema=(           0.998,        0.9999,       0.999943,     'decay of the averaged weights [Table 3]'),
+    ema=(           0.998,        0.9999,       0.999943,     'decay of the average, in [0, 1) [Table 3]'),
     clip=(          math.inf,                                 'gradient norm limit'),
     metric=(        'l1',         'lpips',      'lpips',      'd [Table 3]'),
     s0=(            8,            2,            2,            'N(0) [Table 3]'),
     s1=(            24,           150,          200,          'N(K) - 1 [Table 3]'),
-    mu0=(           0.9,          0.9,          0.95,         'mu(k) = exp(s0 ln mu0 / (N(k) - 1)), in [0, 1)'),
+    mu0=(           0.9,          0.9,          0.95,         'mu(k) = exp(s0 ln mu0 / (N(k) - 1)), in (0, 1)'),
     t_max=(         20.0,         80.0,         80.0,         'largest noise level; the smallest is eps'),
     rho=(           7.0,                                      'exponent of the grid of noise levels'),
     teacher=(       'none',                                   'distil this diffusion model: EDM .pkl or checkpoint'),
-    N=(             18,           18,           40,           'grid points in distillation [Table 3]'),
+    N=(             18,           18,           40,           'grid points in distillation, > 1 [Table 3]'),
     mu=(            0.0,          0.0,          0.95,         'decay of f_- in distillation, in [0, 1) [Table 3]'),
     edit=(          'none',                                   'edit pictures with the run in --out, and stop'),
     ts=(            (20, 1),      (80, 0.821),  (80, 1.9128), 'noise levels of the sampler, the first --nfe of them'),
@@ -573,7 +573,7 @@ def ahead(make, steps):
 def read_checkpoint(out):
     """The run's checkpoint, this script's, or None: a dict of method, step, config, loss, ema, opt, scaler."""
     path = Path(out, 'latest.pt')
-    if not path.exists(): return None
+    if not os.path.exists(path): return None
     with reading(path, ': move it away, or give another --out'):
         saved = torch.load(path, map_location='cpu', weights_only=True)
         if saved['method'] != METHOD: stop(f'{out} is a run of {saved["method"]}.py: give another --out')
@@ -627,16 +627,24 @@ def train(cfg, data, rank, world, device):
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     loss_fn = Loss(net, cfg, (images, labels)).to(device)
     weights = [p for p in loss_fn.parameters() if p.requires_grad]
-    start, scaler = saved['step'] if saved else 0, torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16')
-    opt = loss_fn.optimiser(weights, start)
+    start, logged = saved['step'] if saved else 0, 0
+    opt, scaler = loss_fn.optimiser(weights, start), torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16')
     if saved:
         with reading(out / 'latest.pt', ': do the flags fit it?'):
             for part, name in ((loss_fn, 'loss'), (ema, 'ema'), (opt, 'opt')): part.load_state_dict(saved[name])
             if saved['scaler'] and cfg.amp == 'fp16': scaler.load_state_dict(saved['scaler'])
+            logged = saved['log']
     if cfg.compile: net.compile(dynamic=False)
     step_fn = loss_fn if world == 1 else nn.parallel.DistributedDataParallel(loss_fn, broadcast_buffers=False)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        log = open(out / 'log.csv', 'a')                        # held, so that a folder has one run at a time
+        with contextlib.suppress(ImportError):                  # of Windows
+            import fcntl
+            try: fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError: stop(f'another run is at work in {out}: give another --out')
+            except OSError as error: print(f'{out} cannot be locked ({error}): keep other runs out of it')
+        log.truncate(min(logged, log.tell()))                   # without what a killed run wrote after its checkpoint
         print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {sum(map(torch.numel, weights)):,} '
               f'weights, {world} x {device.type}, amp {cfg.amp}, steps {start} to {cfg.steps}, in {out}', flush=True)
         picture_grid(images[torch.linspace(0, len(images) - 1, 100).long().to(images.device)], out / 'data.png')
@@ -702,7 +710,7 @@ def train(cfg, data, rank, world, device):
             if save or halting:
                 recipe = {k: v for k, v in vars(cfg).items() if k == 'data' or k not in FLAGS}
                 state = dict(method=METHOD, step=done, config=recipe, loss=loss_fn.state_dict(), ema=ema.state_dict(),
-                             opt=opt.state_dict(), scaler=scaler.state_dict())
+                             opt=opt.state_dict(), scaler=scaler.state_dict(), log=log.seek(0, 2))
                 write(out / 'latest.pt', lambda file: torch.save(state, file))
                 grids = [generate(cfg, ema, torch.arange(100), cfg.ts[:k], device) for k in (1, 2) if k <= len(cfg.ts)]
                 picture_grid(torch.cat(grids), out / f'samples-{done:06d}.png')
@@ -936,8 +944,13 @@ FLAGS = dict(                           # how to run
 
 
 def stop(message, code=2):
-    """One line on stderr (from the first process only) and the exit code: 2 for bad input, 1 for a failed run."""
-    if os.environ.get('RANK', '0') == '0': print(f'{METHOD}.py:', *str(message).split(), file=sys.stderr, flush=True)
+    """One line on stderr and the exit code: 2 for bad input, 1 for a failed run, 128 + n for signal n. Of several
+    processes the first says it; if it has not failed, it does not end the others, and they speak for themselves."""
+    rank = int(os.environ.get('RANK', 0))
+    if rank and code < 128:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5 + rank)
+    if not rank or code < 128: print(f'{METHOD}.py:', *str(message).split(), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -958,6 +971,14 @@ def config(argv=None):
         if value is False: kind = dict(action='store_true')
         parser.add_argument(f'--{name}', help=f'{meaning} [{", ".join(map(str, (value, *more)))}]', **kind)
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        *table, meaning = knobs[name]
+        low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
+        high = 1 if '0, 1)' in meaning else math.inf
+        for v in value if isinstance(value, tuple) else (value,):
+            zero = v == 0 and ('[0, ' in meaning or '0: ' in meaning)
+            if value not in table and isinstance(v, (int, float)) and not (low < v < high or zero):
+                stop(f'--{name} cannot be {v}: {meaning}')
     cfg = {name: value for name, (value, _) in FLAGS.items()} | given
     cfg['out'] = cfg['out'] or f'runs/{METHOD}-{Path(cfg["data"]).name.split(".")[0]}'
     saved, column, own = read_checkpoint(cfg['out']), cfg['data'], {}
@@ -979,13 +1000,17 @@ def config(argv=None):
         if cfg['init'] == 'none': cfg['init'] = cfg.get('teacher', 'none')     # distillation starts from its teacher
         if cfg['init'] != 'none': cfg['warmup'] = given.get('warmup', 0)       # the checkpoint is the diffusion model
     if cfg['device'] == 'cpu' or not torch.cuda.is_available(): cfg['amp'] = given.get('amp', 'off')
-    for name, (*table, meaning) in knobs.items():
-        value, fraction = cfg[name], '[0, 1)' in meaning
-        if value in table or not isinstance(value, (int, float)): continue
-        least = value > 0 or 'negative' in meaning or value == 0 and (fraction or '0: ' in meaning)
-        if not (least and abs(value) < (1 if fraction else math.inf)): stop(f'--{name} cannot be {value}: {meaning}')
-    halvings = len(cfg['mult']) - 1
+    halvings, widths = len(cfg['mult']) - 1, [int(cfg['ch'] * m) for m in cfg['mult']]
     if cfg['res'] % 2**halvings: stop(f'side {cfg["res"]} cannot be halved {halvings} times: change --res or --mult')
+    if cfg['ch'] < 4 or cfg['ch'] % 2 or any(w < 1 or w % max(1, w // (cfg['head_dim'] or w)) for w in widths):
+        stop(f'no network has {widths} channels: --ch is even, 4 or more; --head_dim divides --ch times --mult')
+    for low, high in (('s0', 's1'), ('t_min', 't_transition'), ('t_transition', 't_max')):
+        if cfg.get(low, 0) > cfg.get(high, math.inf): stop(f'--{low} {cfg[low]} is above --{high} {cfg[high]}')
+    target = Path(cfg['save'] or cfg['out']).absolute()
+    places = [target.parent if target.suffix == '.npz' else target, *target.parents]
+    folder = next(place for place in places if os.path.exists(place))
+    if not (folder.is_dir() and os.access(folder, os.W_OK)): stop(f'{target}: {folder} is no folder one may write to')
+    if list(cfg['ts']) != sorted(cfg['ts'], reverse=True): stop(f'--ts {cfg["ts"]}: noise levels fall')
     if len(cfg['ts']) < cfg['nfe']: stop(f'--nfe {cfg["nfe"]} needs as many noise levels, --ts is {cfg["ts"]}')
     if cfg['label'] >= cfg['classes'] * cfg['cond']: stop(f'--label {cfg["label"]}: the network has no such class')
     return argparse.Namespace(**cfg)
@@ -993,6 +1018,7 @@ def config(argv=None):
 
 def process(local, cfg):
     """One process of a run: of torchrun, which sets LOCAL_RANK, RANK and WORLD_SIZE, or of --gpus."""
+    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent has the word
     if 'LOCAL_RANK' not in os.environ: os.environ.update(RANK=str(local), WORLD_SIZE=str(cfg.gpus))
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     device = torch.device('cuda', local) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
@@ -1008,19 +1034,21 @@ def process(local, cfg):
     turn = (rank > 0) + (local > 0)     # files are made by the first process of all, then by the first of each machine
     try:
         for _ in range(turn): dist.barrier()
-        if '://' in cfg.init and not Path(cfg.out, 'latest.pt').exists(): fetch(cfg.init)
         data = None if cfg.sample else load_data(cfg)
+        if '://' in cfg.init and not Path(cfg.out, 'latest.pt').exists(): fetch(cfg.init)
         for _ in range(2 - turn if world > 1 else 0): dist.barrier()
         (write_samples if cfg.sample else train)(cfg, data, rank, world, device)
     except (FloatingPointError, OSError) as error: stop(f'{error}. What was saved in {cfg.out} is whole', 1)
     except RuntimeError:
-        if rank: time.sleep(10)         # should the first process have failed, it is the one to say so
+        if world > 1: time.sleep(5)     # should another process have failed, its reason is the one to be told
         raise
     finally:
         if world > 1: dist.destroy_process_group()
 
 
 def main(argv=None):
+    for s in (signal.SIGINT, signal.SIGTERM):                   # until train() handles them
+        signal.signal(s, lambda number, frame: stop(f'ended by {signal.Signals(number).name}', 128 + number))
     cfg = config(argv)
     if cfg.gpus == 1 or 'LOCAL_RANK' in os.environ: return process(int(os.environ.get('LOCAL_RANK', 0)), cfg)
     most = torch.cuda.device_count() if cfg.device == 'auto' else max(2, os.cpu_count())
@@ -1028,12 +1056,15 @@ def main(argv=None):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))
+    logging.getLogger('torch.multiprocessing').setLevel(logging.ERROR)          # says whom it ends when one fails
     group = mp.spawn(process, (cfg,), cfg.gpus, join=False)
     for s in (signal.SIGINT, signal.SIGTERM):                   # the processes save, then all end
-        signal.signal(s, lambda number, frame: [os.kill(pid, number) for pid in group.pids()])
+        signal.signal(s, lambda number, frame: [os.kill(p.pid, number) for p in group.processes if p.is_alive()])
     try:
         while not group.join(): pass
-    except mp.ProcessExitedException as error: sys.exit(error.exit_code)
+    except mp.ProcessExitedException as error:
+        if error.exit_code > 0: sys.exit(error.exit_code)       # and has said why
+        stop(f'process {error.error_index} was ended by {error.signal_name}', 128 - error.exit_code)
 
 
 if __name__ == '__main__':

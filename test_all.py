@@ -7,7 +7,7 @@ Tests of all scripts: pytest test_all.py (minutes, on a laptop's CPU); pytest -k
 Each test's name is a claim. Tests against the official code's outputs need ../shared/golden and skip without it.
 """
 import argparse, ast, contextlib, difflib, hashlib, importlib, io, itertools, json, math, os, pickle, re, shutil, signal
-import struct, subprocess, sys, tarfile, threading, time, types, zipfile, zlib
+import struct, subprocess, sys, tarfile, tempfile, threading, time, types, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +31,9 @@ GOLDEN = HERE.parent / 'shared' / 'golden'
 JPEGS = HERE.parent / 'shared' / 'cifar10-jpeg-10k.zip'
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason='needs ../shared/golden, outputs of the official code')
 needs_jpegs = pytest.mark.skipif(not JPEGS.exists(), reason='needs ../shared/cifar10-jpeg-10k.zip')
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+GPU = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+needs_gpu = pytest.mark.skipif(GPU.type == 'cpu' and 'GPU_CHECK' not in os.environ,
+                               reason='needs a GPU (GPU_CHECK=cpu tries the check itself without one)')
 slow = pytest.mark.skipif(not any('slow' in word for word in sys.argv), reason='slow: pytest -k slow test_all.py')
 every_method = pytest.mark.parametrize('name', METHODS)
 
@@ -75,7 +77,12 @@ def deep_rgb():
 
 
 @pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+def seed():
+    """The same random numbers in each test, whose handlers of signals do not outlive it"""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    torch.manual_seed(0)
+    yield
+    for s, handler in handlers.items(): signal.signal(s, handler)
 
 
 @pytest.fixture(scope='session')
@@ -92,9 +99,7 @@ def run(name, *argv, env=None, cwd=None, timeout=300):
 def go(name, *argv):
     """The script's main in this process; returns the checkpoint it left."""
     argv = list(map(str, argv))
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: MODULES[name].main(argv)
-    finally: [signal.signal(s, h) for s, h in handlers.items()]
+    MODULES[name].main(argv)
     return torch.load(Path(argv[argv.index('--out') + 1]) / 'latest.pt', weights_only=True)
 
 
@@ -111,7 +116,7 @@ def assert_same(a, b, **tolerance):
     for key in a: close(a[key], b[key], msg=lambda m: f'{key}: {m}', **tolerance)
 
 
-def config(name, *argv): return MODULES[name].config(['--out', '/nowhere/run', *map(str, argv)])
+def config(name, *argv): return MODULES[name].config(['--out', f'{tempfile.gettempdir()}/nowhere/run', *map(str, argv)])
 
 
 def generator(seed): return torch.Generator().manual_seed(seed)
@@ -2209,12 +2214,144 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
     assert_same(whole['loss'], parts['loss'], rtol=1e-4, atol=1e-6)
 
 
+def started(name, *argv, patch=''):
+    """The script as a process of its own, whose `m` the lines of patch may have changed -> Popen"""
+    code = f"""import os, signal, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import {name} as m
+{patch}
+if __name__ == '__main__': m.main(sys.argv[1:])"""
+    file = Path(tempfile.mkdtemp(), f'{name}_patched.py')
+    file.write_text(code)
+    return subprocess.Popen([sys.executable, file, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+
+
+def until(job, text):
+    for line in job.stdout:
+        if text in line: return
+    raise AssertionError(job.stderr.read())
+
+
+def log_steps(folder): return [int(line.split(',')[0]) for line in (folder / 'log.csv').read_text().splitlines()[1:]]
+
+
+def test_a_killed_run_resumes_bitwise_without_double_rows_and_a_folder_has_one_run(data, tmp_path, capfd):
+    argv = ['--data', data, *TINY, '--warmup', 8, '--save_every', 10, '--log_every', 1, '--out']
+    job = started('ect', *argv, tmp_path / 'run', '--steps', 24, patch="""report = m.report
+def slow(cfg, row, left):
+    report(cfg, row, left)
+    if row['step'] == 14: print('here', flush=True), time.sleep(60)
+m.report = slow""")
+    until(job, 'here')
+    assert 'another run is at work in' in fails(capfd, 2, 'ect', *argv, tmp_path / 'run', '--steps', 24)
+    assert log_steps(tmp_path / 'run')[-1] == 14
+    job.kill(), job.wait()
+    parts, whole = (go('ect', *argv, tmp_path / out, '--steps', 24) for out in ('run', 'whole'))
+    assert_same(whole['loss'] | whole['ema'], parts['loss'] | parts['ema'], rtol=0, atol=0)
+    assert log_steps(tmp_path / 'run') == list(range(1, 25))
+    (tmp_path / 'run' / 'latest.pt').unlink()
+    go('ect', *argv, tmp_path / 'run', '--steps', 3)
+    assert log_steps(tmp_path / 'run') == [1, 2, 3]
+
+
+@slow
+@every_method
+def test_slow_thirty_kills_at_random_moments_change_nothing(name, data, tmp_path):
+    argv = ['--data', data, *TINY, *PHASES[name], '--dropout', 0.3, '--save_every', 1, '--log_every', 1, '--steps', 60]
+    rng, kills = np.random.default_rng(0), 0
+    while kills < 30:
+        job = started(name, *argv, '--out', tmp_path / 'run')
+        if rng.random() < 0.9: until(job, ' steps ')
+        time.sleep(rng.uniform(0, 0.4))
+        job.kill()
+        assert job.wait() == -signal.SIGKILL, 'it ended before 30 kills'
+        kills += 1
+    at = torch.load(tmp_path / 'run' / 'latest.pt', weights_only=True)['step']
+    parts, whole = (go(name, *argv, '--out', tmp_path / out) for out in ('run', 'whole'))
+    assert_same(whole['loss'] | whole['ema'], parts['loss'] | parts['ema'], rtol=0, atol=0)
+    assert log_steps(tmp_path / 'run') == list(range(1, 61)) and not list((tmp_path / 'run').glob('*.part'))
+    print(f'{name}: {kills} kills survived, the last at step {at} of 60')
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds the processes of a run in Linux')
+@pytest.mark.parametrize('rank', [0, pytest.param(1, marks=slow)])
+def test_a_process_that_dies_ends_the_run_with_the_reason(rank, data, tmp_path):
+    job = started('ect', '--data', data, *TINY, '--steps', 100_000, '--gpus', 2, '--device', 'cpu', '--out', tmp_path)
+    until(job, ' 10 ')
+    pids = Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()
+    pids = [int(pid) for pid in pids if 'spawn_main' in Path(f'/proc/{pid}/cmdline').read_text()]
+    began = time.time()
+    os.kill(pids[rank], signal.SIGKILL)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == 137 and error.strip() == f'ect.py: process {rank} was ended by SIGKILL', error
+    print(f'ended {time.time() - began:.0f} s later')
+
+
+LOAD = """def broken(cfg):
+    if os.environ['RANK'] in {ranks}: {what}
+    return load(cfg)
+load, m.load_data = m.load_data, broken"""
+
+
+@pytest.mark.parametrize('ranks, what, code, words', [
+    ('1', "m.stop('it refuses')", 2, 'ect.py: it refuses'),
+    pytest.param('0', "m.stop('it refuses')", 2, 'ect.py: it refuses', marks=slow),
+    pytest.param('01', "raise OSError('disk')", 1, 'ect.py: disk. What was saved in', marks=slow),
+    pytest.param('1', "raise RuntimeError('out of memory')", 1, 'out of memory', marks=slow)])
+def test_what_one_of_several_processes_says_is_told_once_and_alone(ranks, what, code, words, data, tmp_path):
+    """A traceback is left to errors that nobody foresaw."""
+    job = started('ect', '--data', data, *TINY, '--steps', 4, '--gpus', 2, '--device', 'cpu', '--out', tmp_path / 'run',
+                  patch=LOAD.format(ranks=repr(ranks), what=what))
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == code and error.count(words) == 1, error
+    assert len(error.strip().splitlines()) == 1 or words == 'out of memory', error
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_data_is_read_while_sampling_and_during_a_checkpoint(number, data, tmp_path, monkeypatch, capfd):
+    argv, load, save = ['--data', data, *TINY, '--warmup', 4, '--out', tmp_path / 'run'], ect.load_data, torch.save
+
+    def hit(function, times=1):
+        def wrapped(*args):
+            for _ in range(times): signal.raise_signal(number)
+            return function(*args)
+        return wrapped
+    monkeypatch.setattr(ect, 'load_data', hit(load))
+    assert f'ended by {number.name}' in fails(capfd, 128 + number, 'ect', *argv, '--steps', 4)
+    assert not (tmp_path / 'run').exists()
+    monkeypatch.setattr(ect, 'load_data', load)
+    monkeypatch.setattr(torch, 'save', hit(save, 2))            # an impatient second one changes nothing
+    line = fails(capfd, 128 + number, 'ect', *argv, '--steps', 8, '--save_every', 4)
+    assert 'stopped by a signal and saved at step 5' in line
+    assert torch.load(tmp_path / 'run' / 'latest.pt', weights_only=True)['step'] == 5
+    monkeypatch.setattr(ect, 'generate', hit(ect.generate))
+    assert f'ended by {number.name}' in fails(capfd, 128 + number, 'ect', '--out', tmp_path / 'run', '--sample', 10)
+    assert not list((tmp_path / 'run').glob('samples.npz*'))
+
+
+def test_a_closed_pipe_is_one_line(data, tmp_path):
+    job = started('ect', '--data', data, *TINY, '--warmup', 4, '--steps', 100_000, '--out', tmp_path)       # | head -2
+    job.stdout.readline(), job.stdout.readline(), job.stdout.close()
+    error = job.stderr.read()
+    assert job.wait(60) == 1 and 'Broken pipe' in error and len(error.splitlines()) == 1, error
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused_at_once(data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(os, 'access', lambda *args: False)
+    assert 'is no folder one may write to' in fails(capfd, 2, 'ect', '--data', data, '--out', tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize('argv, message', [
     ('--data nowhere.zip', 'nowhere.zip cannot be read: FileNotFoundError'), ('--steps 0', '--steps cannot be 0'),
     ('--step 5', 'unrecognized'), ('--batch x', 'invalid int value'), ('--amp fp8', 'invalid choice'),
     ('--ts 80,x', 'invalid numbers value'), ('--nfe 3', '--nfe 3 needs'), ('--res 18', 'cannot be halved'),
     ('--sample 4', 'no checkpoint'), ('--dropout 1', '--dropout cannot be 1.0: dropout rate in [0, 1)'),
-    ('--lr nan', '--lr cannot be nan'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
+    ('--lr nan', '--lr cannot be nan'), ('--res -1', '--res cannot be -1'), ('--ts 1,2', 'noise levels fall'),
+    ('--ts 80,nan', '--ts cannot be nan'), ('--mult 1,0', '--mult cannot be 0.0'), ('--ch 7', 'no network has'),
+    ('--head_dim 3', 'no network has'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
+    ('--out {tmp}/file', '{tmp}/file is no folder one may write to'), ('--save {tmp}/file/s.npz', 'file is no folder'),
     ('--label 3', 'no such class'), ('--gpus 64', 'this machine has'),
     ('--gpus 999 --device cpu', 'this machine has'), ('--data {here}/README.md', 'folder, .zip or .tar.gz'),
     ('--data {tmp}', 'it holds no pictures'), ('--data {data} --cond 1 --init {tmp}/x.pt', 'x.pt cannot be read'),
@@ -2227,12 +2364,61 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
 def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path, capfd):
     folder = tmp_path / 'data'
     folder.mkdir()
+    (folder / 'file').touch()
     if 'broken' in argv: (folder / 'broken.zip').write_bytes(b'PK not a zip')
     if 'unlabelled' in argv: zipped(folder / 'unlabelled.zip', pictures(4))
     if 'python' in argv: tarfile.open(folder / 'python.tar.gz', 'w:gz').close()
     argv = argv.format(here=HERE, tmp=folder, data=data).split()
     line = fails(capfd, 2, 'ect', '--out', tmp_path / 'run', *argv)
-    assert message in line and not (tmp_path / 'run').exists()
+    assert message.format(tmp=folder) in line and not (tmp_path / 'run').exists()
+
+
+# what every knob takes of -1, 0, 2, inf, nan and a word; the others are refused
+TAKES = {'-1': {'seed', 'label', 'P_mean', 'mu'}, 'inf': {'clip', 't_ref', 't_ref_stage1'},
+         '0': set('micro seed P_mean warmup stage1 anneal beta2 ema ema_gamma c cond flip head_dim dropout '
+                  'dropout_warmup mu boundary_prob ratio_limit refs smooth weak adaptive scd heun'.split()),
+         '2': set('gpus nfe seed steps warmup stage1 batch batch_stage1 micro lr lr_warmup lr_stage1 t_ref '
+                  't_ref_stage1 clip c P_mean P_std q d k b ts classes mult blocks attn head_dim save_every log_every '
+                  'rho s0 N t_max fourier ema_gamma H heun refs edges eta guidance nu sigma w_boundary mu '
+                  't_transition'.split())}
+WORDS = {'out', 'save', 'init', 'teacher'}              # and any text
+NOT = {('ct', 'mu', '-1'), ('ct', 'mu', '2'), ('scm', 'c', '0'), ('tcm', 'clip', 'inf')}     # other meanings
+
+
+def walk(name):
+    """Every knob and flag of the script with odd values, and whether that has a meaning"""
+    for knob, word in itertools.product(MODULES[name].FLAGS | MODULES[name].CONFIG, [*TAKES, 'nan', 'word']):
+        if knob not in ('compile', 'sample'):
+            yield knob, word, knob in WORDS or knob in TAKES.get(word, ()) and (name, knob, word) not in NOT
+
+
+@every_method
+def test_every_knob_takes_what_has_a_meaning_and_refuses_the_rest_in_one_line(name, capfd):
+    for knob, word, right in walk(name):
+        try: config(name, f'--{knob}={word}', *(['--ch', 8] if knob == 'head_dim' else []))
+        except SystemExit as end:
+            lines = capfd.readouterr().err.splitlines()
+            assert end.code == 2 and len(lines) == 1 and knob in lines[0] and not right, (knob, word, lines)
+        else: assert right, f'--{knob} {word} of {name}.py is taken'
+
+
+@slow
+@every_method
+def test_slow_what_every_knob_takes_runs_or_ends_in_one_line(name, data, tmp_path, monkeypatch, capfd):
+    """Some steps of a small network in every phase, without pictures; a learning rate of 2 may end in NaN."""
+    monkeypatch.setattr(MODULES[name], 'generate', lambda cfg, net, index, *_: torch.zeros(len(index), 3, 8, 8))
+    monkeypatch.setattr(MODULES[name], 'picture_grid', lambda *args: None)
+    monkeypatch.chdir(tmp_path)
+    phases, ran = [re.sub('^[34]$', '1', word) for word in PHASES[name]], 0
+    for knob, word, right in walk(name):
+        if not right or knob == 'gpus' or knob in WORDS: continue
+        argv = ['--data', data, *TINY, *phases, '--steps', 4, '--save_every', 2, f'--{knob}={word}', '--out', 'run']
+        try: go(name, *argv)
+        except SystemExit as end:
+            assert (knob, end.code) in (('lr', 1), ('refs', 2)), (knob, word, capfd.readouterr().err)
+        shutil.rmtree('run', ignore_errors=True)
+        ran += 1
+    print(f'{name}: {ran} values ran')
 
 
 @pytest.mark.parametrize('labels', [[-1, 0], [0.5, 1], [None, 1], ['a', 'b'], [10**9, 0], [1]])
@@ -2324,13 +2510,162 @@ def test_real_pictures_train_resume_and_sample(name, tmp_path):
     assert np.load(tmp_path / 'run' / 'samples.npz')['arr_0'].shape == (3, 32, 32, 3)
 
 
+# ---- the GPU check: `pytest -s -k gpu test_all.py` prints a line for each claim, with its measured value and its limit
+
+@pytest.fixture
+def say(capfd):
+    """Prints a line of the table, whatever pytest captures, and holds a value to its limit."""
+    def line(text, value=None, limit=None):
+        capfd.readouterr()              # what the scripts have printed
+        mark = '--' if limit is None else 'ok' if value <= limit else 'FAILED'
+        if limit is not None: text += f': {value:.3g}, at most {limit:g}'
+        with capfd.disabled(): print(f'\n{mark:8s}{text}', end='', flush=True)
+        assert mark != 'FAILED', text
+    return line
+
+
+def relative(a, b): return ((a - b).norm() / b.norm()).item()
+
+
+def flat(saved): return torch.cat([v.flatten().double() for v in saved['loss'].values()])
+
+
+@needs_gpu
+def test_gpu_is_named(say):
+    where = torch.cuda.get_device_name() if GPU.type == 'cuda' else 'GPU, the CPU stands for one'
+    say(f'{torch.cuda.device_count()} x {where}; torch {torch.__version__}, CUDA {torch.version.cuda}')
+
+
+def first_step(name, device, amp):
+    """Loss (16,) and gradient, on the CPU in float64, of a step behind the warm-up; network and images are random"""
+    module, cfg = MODULES[name], config(name, *TINY, *PHASES[name], '--res', 16, '--cond', 1, '--amp', amp)
+    loss = module.Loss(module.UNet(cfg), cfg, None)
+    torch.manual_seed(0)
+    for p in loss.parameters(): nn.init.normal_(p, std=0.1)
+    (x, z), u, y = torch.randn(2, 16, 3, 16, 16), torch.rand(16).double(), torch.arange(16) % 10
+    loss.to(device)
+    torch.backends.cudnn.allow_tf32 = amp != 'off'
+    torch.set_float32_matmul_precision('highest' if amp == 'off' else 'high')
+    with module.autocast(cfg, device):
+        value = loss(0.5 * x.to(device), y.to(device), u, z.to(device), getattr(cfg, 'warmup', 0))
+    value.mean().backward()
+    grads = [p.grad.flatten() for p in loss.parameters() if p.grad is not None]
+    return value.detach().double().cpu(), torch.cat(grads).double().cpu()
+
+
 @needs_gpu
 @every_method
-def test_gpu_runs_every_precision_and_compile(name, data, tmp_path):
-    for amp in ('off', 'bf16', 'fp16'):
-        saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 30, '--amp', amp, '--out', tmp_path / amp)
-        assert all(v.isfinite().all() for v in saved['ema'].values())
-    go(name, '--data', data, *TINY, *PHASES[name], '--steps', 8, '--compile', '--out', tmp_path / 'compile')
+def test_gpu_step_is_that_of_the_cpu(name, say):
+    value, grad = first_step(name, torch.device('cpu'), 'off')
+    for amp, limit in (('off', 1e-4), ('tf32', 0.05), ('fp16', 0.05), ('bf16', 0.1)):
+        low_value, low_grad = first_step(name, GPU, amp)
+        say(f'{name}, {amp}: error of the loss of a step against the CPU', relative(low_value, value), limit)
+        say(f'{name}, {amp}: error of its gradient', relative(low_grad, grad), limit)
+
+
+@needs_gpu
+@every_method
+def test_gpu_trains_every_phase_in_every_precision(name, data, tmp_path, say):
+    for amp in ('off', 'tf32', 'fp16', 'bf16'):
+        saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 12, '--amp', amp, '--out', tmp_path / amp)
+        say(f'{name}, {amp}: weights not finite after 12 steps of all phases', (~flat(saved).isfinite()).sum(), 0)
+
+
+@needs_gpu
+@every_method
+def test_gpu_resumes_where_it_stopped(name, data, tmp_path, monkeypatch, say):
+    """Not to the bit: cuDNN picks its kernels anew in each process, and some of them add in any order."""
+    argv, report = ['--data', data, *TINY, *PHASES[name], '--amp', 'off', '--steps', 9, '--out'], MODULES[name].report
+    whole = go(name, *argv, tmp_path / 'whole')
+
+    def interrupted(cfg, row, left):
+        report(cfg, row, left)
+        if row['step'] == 4: signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(MODULES[name], 'report', interrupted)
+    with pytest.raises(SystemExit): go(name, *argv, tmp_path / 'parts')
+    parts = go(name, *argv, tmp_path / 'parts')
+    say(f'{name}: weights of 5 + 4 steps against 9', relative(flat(parts), flat(whole)), 1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize('name', ['ect', 'scm'])
+def test_gpu_run_is_that_of_micro_batches_of_two_gpus_and_compiled(name, data, tmp_path, say):
+    argv, ways = ['--data', data, *TINY, *PHASES[name], '--steps', 8, '--amp', 'off', '--out'], {'--micro 3': []}
+    if torch.cuda.device_count() > 1:
+        ways |= {'--gpus 2': [], 'torchrun': '-m torch.distributed.run --standalone --nproc-per-node 2'.split()}
+    ways['--compile'] = []
+    one = flat(go(name, *argv, tmp_path / 'one'))
+    for way, before in ways.items():
+        after = way.split() if way.startswith('--') else []
+        command = [sys.executable, *before, HERE / f'{name}.py', *argv, tmp_path / way, *after]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        saved = torch.load(tmp_path / way / 'latest.pt', weights_only=True, map_location='cpu')
+        say(f'{name} {way}: weights after 8 steps against one process', relative(flat(saved), one), 1e-3)
+    if '--gpus 2' not in ways: say(f'{name} --gpus 2 and torchrun: not tried, there are not two GPUs')
+
+
+@needs_gpu
+def test_gpu_tangent_is_torchs_own_and_that_of_the_cpu(say):
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cudnn.allow_tf32 = False
+    for arch in ('scm', 'ddpmpp'):
+        net, (x, z, t), g = random_net('scm', '--arch', arch, '--head_dim', 8).float(), scm_inputs(), {}
+        for device in (torch.device('cpu'), GPU):
+            x, z = x.float().to(device), z.float().to(device)
+            g[device.type] = scm_loss(net.to(device)).float().tangent(x, None, z, t, 110)[1].cpu()
+        x_t, dx, cos, sin = (v.to(x) for v in on_path(x.cpu().double(), z.cpu().double(), t))
+        value, J = torch.func.jvp(lambda v, s: net(2 * v, s) if arch == 'scm' else scm.F(net, v, s), (x_t, t.to(x)),
+                                  (0.5 * cos * sin * dx, (0.5 * cos * sin).flatten()))
+        own = (-cos**2 * (0.5 * value - dx) - cos * sin * x_t - J).cpu()
+        say(f'scm, {arch}: error of the tangent g against torch.func.jvp', relative(g[GPU.type], own), 1e-3)
+        say(f'scm, {arch}: error of the tangent g against the CPU', relative(g[GPU.type], g['cpu']), 1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize('network, batch', [('CIFAR-10', 64), ('CIFAR-10', 256), ('glyphs', 32)])
+def test_gpu_speed_memory_and_waiting(network, batch, tmp_path, monkeypatch, say):
+    """Steps 21 to 40 timed by the script; in 41 to 50 the spans of all kernels."""
+    source = zipped(tmp_path / 'd.zip', pictures(512, 32)) if network == 'CIFAR-10' else 'glyphs'
+    argv = ['--data', source, '--batch', batch, '--warmup', 1, '--log_every', 10, '--out', tmp_path / 'run']
+    if GPU.type == 'cpu': argv += TINY[:8]
+    kind = torch.profiler.ProfilerActivity
+    trace = torch.profiler.profile(activities=[kind.CUDA if GPU.type == 'cuda' else kind.CPU])
+    report, rates, times = ect.report, [], []
+
+    def watched(cfg, row, left):
+        report(cfg, row, left)
+        rates.append(row['images_per_second'])
+        if row['step'] == 40: trace.start()
+        times.append(time.time())
+        if row['step'] == 50: trace.stop()
+    monkeypatch.setattr(ect, 'report', watched)
+    if GPU.type == 'cuda': torch.cuda.reset_peak_memory_stats()
+    try: go('ect', *argv, '--steps', 50)
+    except torch.OutOfMemoryError: pytest.skip(f'the {network} network at batch {batch} does not fit this GPU')
+    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events()
+                   if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)
+    busy, last = 0, 0
+    for start, end in spans: busy, last = busy + max(0, end - max(start, last)), max(end, last)
+    waits = 1 - busy / 1e6 / (times[4] - times[3])
+    memory = torch.cuda.max_memory_allocated() / 2**30 if GPU.type == 'cuda' else 0
+    what = f'ect, {network} network, batch {batch}'
+    say(f'{what}: {np.mean(rates[2:4]):.0f} images/s in float32, {memory:.2f} GB')
+    if GPU.type == 'cuda': say(f'{what}: share of time the GPU waits', waits, 1 if network == 'glyphs' else 0.1)
+
+
+@needs_gpu
+def test_gpu_speed_of_fid(say):
+    net, images = fid.Inception(), torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, device=GPU)
+    for layer in net.modules():
+        if isinstance(layer, fid.Conv): layer.fold()
+    net, count = net.to(GPU, memory_format=torch.channels_last).eval(), 20 if GPU.type == 'cuda' else 1
+    with torch.inference_mode():
+        net(images)[0].sum().item()
+        began = time.time()
+        for _ in range(count): features = net(images)[0]
+        features.sum().item()
+    say(f'fid.py, Inception, batch 64: {64 * count / (time.time() - began):.0f} images/s')
 
 
 def judged(folder, *paths):
