@@ -34,7 +34,7 @@ covariance over n - 1, network in float32 without TF32, statistics in float64. W
   of A_1^T A_2, S_i = A_i A_i^T: real, exact. ECT and TCM divide by n: 2e-5 of the traces at n = 50,000.
 - FD-DINOv2 resizes as EDM2, by PyTorch's antialiased bicubic; dgm-eval resizes by Pillow's, rounded to uint8.
 """
-import argparse, contextlib, csv, hashlib, io, itertools, json, math, os, pickle, re, sys, tarfile, time, zipfile
+import argparse, contextlib, csv, hashlib, io, itertools, json, math, os, pickle, re, signal, sys, tarfile, time, zipfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -272,8 +272,13 @@ class Digits(nn.Module):
 
 
 def stop(message, code=2):
-    """One line on stderr (from the first process only) and the exit code: 2 for bad input, 1 for a failed run."""
-    if os.environ.get('RANK', '0') == '0': print(f'{METHOD}.py:', *str(message).split(), file=sys.stderr, flush=True)
+    """One line on stderr and the exit code: 2 for bad input, 1 for a failed run, 128 + n for signal n. Of several
+    processes the first says it; if it has not failed, it does not end the others, and they speak for themselves."""
+    rank = int(os.environ.get('RANK', 0))
+    if rank and code < 128:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5 + rank)
+    if not rank or code < 128: print(f'{METHOD}.py:', *str(message).split(), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -36,8 +36,11 @@ Where they leave a choice or we differ:
   replace (--arch ddpmpp). float32 there: DDPM++ has been called unstable in fp16.
 - g is computed in float32 (TF32 unless --amp off) whatever --amp: in bf16 it would be some per cent off. So fp16, the
   paper's on ImageNet-64, is that of the warm-up; TF32 has as many bits. --amp off is safest.
-- --arch ddpmpp and ncsnpp are EDM's networks through the exact map t = arctan(sigma / sigma_d), F = -F_EDM, which takes
-  EDM's and ect.py's weights. FID 3.2 in one step has been reported for that by others.
+- --arch ddpmpp and edm2 are EDM's and EDM2's networks through the exact map t = arctan(sigma / sigma_d), F = -F_EDM,
+  which takes their weights and ect.py's. FID 3.2 in one step has been reported for ddpmpp by others; edm2's features of
+  t are so fast that training has been called unstable. --arch scm-edm2 is the paper's: positional features of t, double
+  normalisation in EDM2's norm (1e-4 outside the root; the paper prints 1e-8 within), teacher from scratch. Its weights
+  are normalised before each step of both stages; a reproduction suspends that in the second.
 """
 import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile
 import time, warnings, zipfile

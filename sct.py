@@ -129,8 +129,9 @@ class Loss(nn.Module):
         """m of each sample, like x, from the references of its class."""
         cfg, m = self.cfg, torch.empty_like(x)
         whole = not cfg.micro and not dist.is_initialized()     # x is the step's whole batch
-        for c in labels.unique().tolist() if cfg.cond else [0]:
-            own = labels == c if cfg.cond else slice(None)
+        y = labels.cpu() if cfg.cond else torch.zeros(len(x), dtype=torch.int64)       # waits for the GPU, once a step
+        for c in y.unique().tolist():
+            own = (y == c).nonzero().squeeze(1).to(x.device, non_blocking=True)
             chunks = [x[own]] if whole and not cfg.refs else self.references(c, step, x.device)
             m[own] = posterior_mean(x_t[own], t[own], chunks)
         return m

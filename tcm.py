@@ -37,6 +37,7 @@ Sources: the paper, and its code NVlabs/TCM (b132239). Where they leave a choice
   are --before (the code: --resume_tick, in hundreds).
 - The scaler of fp16 starts at 65536 and doubles in 2000 good steps (the code: 16, 20,000). So a dozen of the first
   steps and later one in 2000 may overflow and be skipped, as there. The embedding is in TF32 (the code: float32).
+- EDM2's weights are normalised once before each step, not within its forward pass: the same weights in every pass.
 - The diffusion warm-up for runs without a checkpoint is EDM's loss: lengths and learning rates are ours.
 """
 import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile
