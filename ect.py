@@ -29,8 +29,8 @@ leave a choice or we differ:
   known. Ours is 0.9999.
 - The code replaces NaN gradients by 0; we stop at the next status line, before anything is saved.
 - Stage a counts from 1 at step 0, as in the paper; the code changes stages one step later.
-- EDM2's weights are normalised once before each step, not within its forward pass (the same weights, and no switches for
-  the target's pass). Size M: --init datasets/edm2-img64-m-2147483-0.060.pkl --lr 9e-4 --dropout 0.5, and so on.
+- EDM2's weights are normalised once before each step, not within its forward pass: the same weights in both
+  passes. Size M: --init datasets/edm2-img64-m-2147483-0.060.pkl --lr 9e-4 --dropout 0.5, and so on.
 - The diffusion warm-up for runs without a checkpoint is EDM's loss (r = 0): lengths and learning rates are ours.
 """
 import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile

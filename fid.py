@@ -34,7 +34,8 @@ covariance over n - 1, network in float32 without TF32, statistics in float64. W
   of A_1^T A_2, S_i = A_i A_i^T: real, exact. ECT and TCM divide by n: 2e-5 of the traces at n = 50,000.
 - FD-DINOv2 resizes as EDM2, by PyTorch's antialiased bicubic; dgm-eval resizes by Pillow's, rounded to uint8.
 """
-import argparse, contextlib, csv, hashlib, io, itertools, json, math, os, pickle, re, signal, sys, tarfile, time, zipfile
+import argparse, contextlib, csv, hashlib, io, itertools, json, math, os, pickle, re, signal, sys, tarfile, time
+import zipfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace

@@ -2373,7 +2373,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path,
     assert message.format(tmp=folder) in line and not (tmp_path / 'run').exists()
 
 
-# what every knob takes of -1, 0, 2, inf, nan and a word; the others are refused
+# what every knob takes of -1, 0, 2, inf, nan and a word; the others are refused; NOT: where a letter means else
 TAKES = {'-1': {'seed', 'label', 'P_mean', 'P_mean_warmup', 'mu'},
          'inf': {'clip', 't_ref', 't_ref_stage1', 'refs', 'dropout_res'},
          '0': set('micro seed P_mean warmup stage1 anneal beta2 ema ema_gamma c cond flip head_dim dropout '
@@ -2384,7 +2384,7 @@ TAKES = {'-1': {'seed', 'label', 'P_mean', 'P_mean_warmup', 'mu'},
                   'rho s0 N t_max fourier ema_gamma H heun refs edges eta guidance nu sigma w_boundary mu '
                   't_transition ramp before shift eps dropout_res P_mean_warmup P_std_warmup ema_gamma_warmup'.split())}
 WORDS = {'out', 'save', 'init', 'teacher'}              # and any text
-NOT = {('ct', 'mu', '-1'), ('ct', 'mu', '2'), ('scm', 'c', '0'), ('tcm', 'clip', 'inf'), ('tcm', 'd', '0')}     # other meanings
+NOT = {('ct', 'mu', '-1'), ('ct', 'mu', '2'), ('scm', 'c', '0'), ('tcm', 'clip', 'inf'), ('tcm', 'd', '0')}
 
 
 def walk(name):
