@@ -2538,11 +2538,12 @@ def test_gpu_is_named(say):
     say(f'{torch.cuda.device_count()} x {where}; torch {torch.__version__}, CUDA {torch.version.cuda}')
 
 
-def first_step(name, device, amp):
+def first_step(name, arch, device, amp):
     """Loss (16,) and gradient, on the CPU in float64, of a step behind the warm-up; network and images are random"""
-    module, cfg = MODULES[name], config(name, *TINY, *PHASES[name], '--res', 16, '--cond', 1, '--amp', amp)
-    loss = module.Loss(module.UNet(cfg), cfg, None)
+    module = MODULES[name]
+    cfg = config(name, *TINY, *PHASES[name], '--res', 16, '--cond', 1, '--amp', amp, '--arch', arch)
     torch.manual_seed(0)
+    loss = module.Loss(module.UNet(cfg), cfg, None)
     for p in loss.parameters(): nn.init.normal_(p, std=0.1)
     (x, z), u, y = torch.randn(2, 16, 3, 16, 16), torch.rand(16).double(), torch.arange(16) % 10
     loss.to(device)
@@ -2556,13 +2557,13 @@ def first_step(name, device, amp):
 
 
 @needs_gpu
-@every_method
-def test_gpu_step_is_that_of_the_cpu(name, say):
-    value, grad = first_step(name, torch.device('cpu'), 'off')
+@pytest.mark.parametrize('name, arch', [(n, a) for n in METHODS for a in MODULES[n].CHOICES['arch']])
+def test_gpu_step_is_that_of_the_cpu(name, arch, say):
+    value, grad = first_step(name, arch, torch.device('cpu'), 'off')
     for amp, limit in (('off', 1e-4), ('tf32', 0.05), ('fp16', 0.05), ('bf16', 0.1)):
-        low_value, low_grad = first_step(name, GPU, amp)
-        say(f'{name}, {amp}: error of the loss of a step against the CPU', relative(low_value, value), limit)
-        say(f'{name}, {amp}: error of its gradient', relative(low_grad, grad), limit)
+        low_value, low_grad = first_step(name, arch, GPU, amp)
+        say(f'{name} {arch}, {amp}: error of the loss of a step against the CPU', relative(low_value, value), limit)
+        say(f'{name} {arch}, {amp}: error of its gradient', relative(low_grad, grad), limit)
 
 
 @needs_gpu
@@ -2611,13 +2612,13 @@ def test_gpu_run_is_that_of_micro_batches_of_two_gpus_and_compiled(name, data, t
 def test_gpu_tangent_is_torchs_own_and_that_of_the_cpu(say):
     torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.allow_tf32 = False
-    for arch in ('scm', 'ddpmpp'):
+    for arch in scm.CHOICES['arch']:
         net, (x, z, t), g = random_net('scm', '--arch', arch, '--head_dim', 8).float(), scm_inputs(), {}
         for device in (torch.device('cpu'), GPU):
             x, z = x.float().to(device), z.float().to(device)
             g[device.type] = scm_loss(net.to(device)).float().tangent(x, None, z, t, 110)[1].cpu()
         x_t, dx, cos, sin = (v.to(x) for v in on_path(x.cpu().double(), z.cpu().double(), t))
-        value, J = torch.func.jvp(lambda v, s: net(2 * v, s) if arch == 'scm' else scm.F(net, v, s), (x_t, t.to(x)),
+        value, J = torch.func.jvp(lambda v, s: net(2 * v, s) if 'scm' in arch else scm.F(net, v, s), (x_t, t.to(x)),
                                   (0.5 * cos * sin * dx, (0.5 * cos * sin).flatten()))
         own = (-cos**2 * (0.5 * value - dx) - cos * sin * x_t - J).cpu()
         say(f'scm, {arch}: error of the tangent g against torch.func.jvp', relative(g[GPU.type], own), 1e-3)
