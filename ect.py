@@ -25,8 +25,8 @@ leave a choice or we differ:
 - The code's eval mode puts sigma - 0.003 for sigma in c_skip and c_out; its train mode and its ImageNet-64 branch
   do not. So do samples of CIFAR-10, for the published numbers; --shift 0 samples the function that was trained.
 - d is printed for 200k steps on CIFAR-10, an eighth of them, so that 1 - r/t ends at n/256; other lengths likewise.
-- On ImageNet-64 the code keeps four averages, decay 0.9999 and three of power form; which one its FIDs took is not
-  known. Ours is 0.9999.
+- On ImageNet-64 the code keeps four averages, decay 0.9999 (--ema_gamma 0) and power form of std 0.01, 0.05, 0.1; which
+  one its FIDs took is not known. Ours is 0.05, as TCM's.
 - The code replaces NaN gradients by 0; we stop at the next status line, before anything is saved.
 - Stage a counts from 1 at step 0, as in the paper; the code changes stages one step later.
 - EDM2's weights are normalised once before each step, not within its forward pass: the same weights in both
@@ -122,7 +122,8 @@ class Loss(nn.Module):
 
     def averages(self, ema, step):
         """-> [(network that follows self.net, decay)], called after each step."""
-        return [(ema, self.cfg.ema)]
+        power = (1 - 1 / (step - self.phase(step)[1] + 1))**(self.cfg.ema_gamma + 1)
+        return [(ema, power if self.cfg.ema_gamma else self.cfg.ema)]
 
 
 def diffusion_loss(net, x, labels, u, z):
@@ -164,6 +165,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     t_ref=(         math.inf,     math.inf,     2000,         'lr / sqrt(max(step / t_ref, 1))'),
     anneal=(        1,            0,            0,            '1: lr falls linearly to 0 after the warm-up'),
     ema=(           0.998,        0.9999,       0.9999,       'decay of the average, in [0, 1) [run_ecm.sh]'),
+    ema_gamma=(     0.0,          0.0,          16.97,        'decay (1 - 1/step)^(ema_gamma + 1), std 0.05; 0: ema'),
     clip=(          math.inf,                                 'gradient norm limit'),
     P_mean=(        0.0,          -1.1,         -0.8,         'ln t ~ N(P_mean, P_std^2) [loss.py]; may be negative'),
     P_std=(         1.3,          2.0,          1.6,          'its standard deviation'),

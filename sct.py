@@ -176,7 +176,8 @@ class Loss(nn.Module):
     def averages(self, ema, step):
         """-> [(network that follows self.net, decay)], called after each step."""
         if self.weak and step == weak_step(self.cfg): self.weak.load_state_dict(ema.state_dict())
-        return [(ema, self.cfg.ema)]
+        power = (1 - 1 / (step - self.phase(step)[1] + 1))**(self.cfg.ema_gamma + 1)
+        return [(ema, power if self.cfg.ema_gamma else self.cfg.ema)]
 
 
 @torch.no_grad()
@@ -260,6 +261,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     t_ref=(         math.inf,     math.inf,     2000,         'lr / sqrt(max(step / t_ref, 1))'),
     anneal=(        1,            0,            0,            '1: lr falls linearly to 0 after the warm-up'),
     ema=(           0.998,        0.9999,       0.9999,       'decay of the average, in [0, 1) [run_ecm.sh]'),
+    ema_gamma=(     0.0,          0.0,          16.97,        'decay (1 - 1/step)^(ema_gamma + 1), std 0.05; 0: ema'),
     clip=(          math.inf,                                 'gradient norm limit'),
     P_mean=(        0.0,          -1.1,         -0.8,         'ln t ~ N(P_mean, P_std^2) [loss.py]; may be negative'),
     P_std=(         1.3,          2.0,          1.6,          'its standard deviation'),

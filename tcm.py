@@ -80,7 +80,7 @@ class Loss(nn.Module):
         super().__init__()
         self.net, self.cfg, self.teacher = net, cfg, frozen(net)
         self.stage2 = cfg.warmup + cfg.stage1
-        if cfg.init not in CONFIG['init'] and not cfg.stage1 and not cfg.before:
+        if data and cfg.init not in CONFIG['init'] and not cfg.stage1 and not cfg.before:
             stop('--stage1 0: say with --before how many steps of stage 1 (or of ect.py) --init has behind it')
 
     def forward(self, x, labels, u, z, step):

@@ -361,7 +361,7 @@ def test_stage_2_of_a_given_checkpoint_goes_on_where_its_stage_1_ended(capfd, tm
             for a, b in zip(part.levels(u, step), whole.levels(u, first + step)): assert torch.equal(a, b)
             assert part.phase(step)[2:] == whole.phase(first + step)[2:] and part.phase(step)[0] == 'stage 2'
             assert part.averages(None, step)[0][1] == whole.averages(None, first + step)[0][1]
-        with pytest.raises(SystemExit): tcm.Loss(toy(), config('tcm', *argv), None)
+        with pytest.raises(SystemExit): tcm.Loss(toy(), config('tcm', *argv), (torch.zeros(1), None))
         assert 'say with --before how many steps of stage 1' in capfd.readouterr().err
     warm = tcm.Loss(toy(), config('tcm', '--ema_gamma', 16.97, '--warmup', 500, '--stage1', 100), None)
     for step, n in ((0, 1), (499, 500), (500, 1), (599, 100), (600, 101)):
@@ -377,6 +377,24 @@ def test_stage_2_of_tcm_starts_from_the_averages_of_stage_1_and_keeps_them_froze
     assert_same({k[8:]: v for k, v in saved.items() if k[:8] == 'teacher.'}, average, rtol=0, atol=0)
     assert all((saved[f'net.{k}'] - average[k]).abs().max() < 0.02 for k in average)    # two steps of lr 1e-3 away
     assert any((saved[f'net.{k}'] != average[k]).any() for k in average)
+
+
+@needs_golden
+def test_power_form_averages_are_the_official_codes():
+    """Decays of the printed steps, and the average of a walk of weights, whatever the warm-up before it."""
+    v, gammas = golden_of('phema'), dict(zip(*(np.load(GOLDEN / 'phema.npz')[k].round(9) for k in ('stds', 'exps'))))
+    for name in ('ect', 'sct', 'scm', 'tcm'):
+        for std, decays in zip(gammas, v['betas']):
+            cfg = config(name, '--ema_gamma', gammas[std], '--warmup', 30)
+            loss = MODULES[name].Loss(toy(), cfg, None)
+            for step, decay in zip(v['steps'].tolist(), decays.tolist()):
+                assert abs(loss.averages(None, 30 + step - 1)[0][1] - decay) < 1e-9
+    for i, std in enumerate(v['walk_stds'].tolist()):
+        loss = ect.Loss(toy(), config('ect', '--ema_gamma', gammas[round(std, 9)], '--warmup', 0), None)
+        ema = torch.full_like(v['walk'][0], 99.)                # the start is forgotten at once
+        for step, weights in enumerate(v['walk']):
+            ema = ema.lerp(weights, 1 - loss.averages(None, step)[0][1])
+            close(ema, v['walk_emas'][step, i], rtol=1e-5, atol=1e-6)
 
 
 def test_learning_rate_anneals_to_zero_in_each_stage():
