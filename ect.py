@@ -687,6 +687,7 @@ def train(cfg, data, rank, world, device):
             except BlockingIOError: stop(f'another run is at work in {out}: give another --out')
             except OSError as error: print(f'{out} cannot be locked ({error}): keep other runs out of it')
         log.truncate(min(logged, log.tell()))                   # without what a killed run wrote after its checkpoint
+        for part in out.glob('*.part'): part.unlink()           # or was writing
         print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {sum(map(torch.numel, weights)):,} '
               f'weights, {world} x {device.type}, amp {cfg.amp}, steps {start} to {cfg.steps}, in {out}', flush=True)
         picture_grid(images[torch.linspace(0, len(images) - 1, 100).long().to(images.device)], out / 'data.png')
