@@ -1411,6 +1411,8 @@ def test_edm2_network_and_pickle_reader_agree_with_the_official_code(name, which
     v, module = golden_of(f'edm2_{which}'), MODULES[name]
     net, y, close_to = module.load_edm(GOLDEN / f'edm2_{which}.pkl').eval(), v.get('labels'), dict(rtol=1e-5, atol=2e-5)
     assert sum(p.numel() for p in net.parameters()) == v['n_params_unet']
+    if which == 'defaults':             # what official files leave out
+        assert [vars(net.cfg)[k] for k in ('mult', 'blocks', 'attn', 'head_dim')] == [(1, 2, 3, 4), 3, (16, 8), 64]
     close(net(v['c_in_x'], v['c_noise'], y), v['F'], **close_to)
     if name == 'scm': return
     close(module.f(net, v['x'], v['sigma'], y), v['D'], **close_to)
