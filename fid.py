@@ -373,6 +373,7 @@ def pictures(path):
         planes = rows[:, 1:].reshape(-1, 3, 32, 32)
         return range(len(rows)), lambda i: Image.fromarray(planes[i].transpose(1, 2, 0)), rows[:, 0]
     kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
+    formats = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()          # whatever a file is called: PostScript is a program
     archive = None if path.is_dir() else zipfile.ZipFile(path)
     files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()]
     content = archive.read if archive else lambda name: (path / name).read_bytes()
@@ -382,7 +383,7 @@ def pictures(path):
     labels = np.array([classes[name] for name in names]) if classes else None
     tops = [os.path.dirname(name).split('/')[0] for name in names]
     if 'dataset.json' not in files and len(set(tops)) > 1: labels = np.unique(tops, return_inverse=True)[1]
-    return names, lambda name: Image.open(io.BytesIO(content(name))), labels
+    return names, lambda name: Image.open(io.BytesIO(content(name)), formats=formats), labels
 
 
 def glyphs(res=16, n=20_000, seed=0):
@@ -454,11 +455,17 @@ def load_images(path):
 
 # --------------------------------------------------------------------------------------------------- statistics
 
+def number(kind, *copy):
+    """np.dtype of numbers. One of objects, made from bytes, would hold pointers of the file's choice."""
+    if np.dtype(kind).kind not in 'fiu': raise pickle.UnpicklingError(f'it holds {kind}, not numbers')
+    return np.dtype(kind, *copy)
+
+
 class Arrays(pickle.Unpickler):
     """Reads EDM2's statistics, a pickle of dicts of numpy arrays; any other name in it is an error."""
 
     KNOWN = {
-        'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype,
+        'numpy.ndarray': np.ndarray, 'numpy.dtype': number,
         'multiarray._reconstruct': np.zeros(0).__reduce__()[0],
         'multiarray.scalar': lambda dtype, data: np.frombuffer(data, dtype)[0],
         'numeric._frombuffer': lambda data, dtype, shape, order: np.frombuffer(data, dtype).reshape(shape, order=order),
@@ -625,15 +632,22 @@ def sheet(rows, path):
     write(path, lambda file: canvas.save(file, 'PNG'))
 
 
+def read_log(path):
+    """log.csv -> its rows, [{column: value}]"""
+    with reading(path), open(path, newline='') as file:
+        return [dict(phase=row['phase'], **{k: float(row[k]) for k in ('step', 'loss', 'grad_norm')})
+                for row in csv.DictReader(file)]
+
+
 def curves(logs, path):
     """Loss and gradient norm of {name: rows of log.csv}, logarithmic; lines break where a phase, so the loss, ends."""
     font, (width, height, left, gap) = ImageFont.load_default(size=14), (640, 300, 64, 30)
     canvas = Image.new('RGB', (left + width + gap, 2 * (height + gap) + gap + 24 * len(logs)), 'white')
     draw, colours = ImageDraw.Draw(canvas), '#1f6fb4 #d95f02 #1b8a5a #a6306e #7a5195 #8c6d1f #444444 #17a2b8'.split()
-    last = max(float(row['step']) for rows in logs.values() for row in rows)
+    last = max(row['step'] for rows in logs.values() for row in rows)
     for y0, column in ((gap, 'loss'), (2 * gap + height, 'grad_norm')):
-        shown = lambda row: 0 < float(row[column]) < math.inf
-        values = [float(row[column]) for rows in logs.values() for row in rows if shown(row)] or [1.0]
+        shown = lambda row: 0 < row[column] < math.inf
+        values = [row[column] for rows in logs.values() for row in rows if shown(row)] or [1.0]
         low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
         place = lambda step, v: (left + width * step / last, y0 + height * (high - math.log10(v)) / (high - low))
         draw.text((left, y0 - 4), column, 'black', font, anchor='lb')
@@ -643,7 +657,7 @@ def curves(logs, path):
             draw.text((left - 8, y), f'{10.0 ** power:g}', 'black', font, anchor='rm')
         for colour, rows in zip(itertools.cycle(colours), logs.values()):
             for _, phase in itertools.groupby(rows, lambda row: row['phase']):
-                points = [place(float(row['step']), float(row[column])) for row in phase if shown(row)]
+                points = [place(row['step'], row[column]) for row in phase if shown(row)]
                 if len(points) > 1: draw.line(points, colour, 2)
         draw.text((left + width, y0 + height + 4), f'step {last:g}', 'black', font, anchor='rt')
     for i, (colour, name) in enumerate(zip(itertools.cycle(colours), logs)):
@@ -704,7 +718,7 @@ def main(argv=None):
     else: print(table(rows), ', '.join(f'{k} {v}' for k, v in about.items() if v), sep='\n')
     if len(rows) == 1: return
     logs = {name: images.path.parent / 'log.csv' for name, images in shown.items()}
-    logs = {name: list(csv.DictReader(log.read_text().splitlines())) for name, log in logs.items() if log.exists()}
+    logs = {name: read_log(log) for name, log in logs.items() if log.exists()}
     if logs: curves(logs, f'{cfg.out}-curves.png')
     if ref.meta is None: shown['reference'] = ref
     if shown: sheet(shown, f'{cfg.out}-samples.png')

@@ -337,6 +337,7 @@ def pictures(path):
         planes = rows[:, 1:].reshape(-1, 3, 32, 32)
         return range(len(rows)), lambda i: Image.fromarray(planes[i].transpose(1, 2, 0)), rows[:, 0]
     kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
+    formats = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()          # whatever a file is called: PostScript is a program
     archive = None if path.is_dir() else zipfile.ZipFile(path)
     files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()]
     content = archive.read if archive else lambda name: (path / name).read_bytes()
@@ -346,7 +347,7 @@ def pictures(path):
     labels = np.array([classes[name] for name in names]) if classes else None
     tops = [os.path.dirname(name).split('/')[0] for name in names]
     if 'dataset.json' not in files and len(set(tops)) > 1: labels = np.unique(tops, return_inverse=True)[1]
-    return names, lambda name: Image.open(io.BytesIO(content(name))), labels
+    return names, lambda name: Image.open(io.BytesIO(content(name)), formats=formats), labels
 
 
 def glyphs(res=16, n=20_000, seed=0):
@@ -507,7 +508,9 @@ def read_checkpoint(out):
     with reading(path, ': move it away, or give another --out'):
         saved = torch.load(path, map_location='cpu', weights_only=True)
         if saved['method'] != METHOD: stop(f'{out} is a run of {saved["method"]}.py: give another --out')
-    return saved
+        step, recipe = int(saved['step']), saved['config']      # the knobs and nothing else: not --save, say
+        recipe = {k: type(v[0])(recipe[k]) for k, v in CONFIG.items()} | dict(data=recipe['data'])
+    return saved | dict(step=step, config=recipe)
 
 
 def write(path, writer):
@@ -760,6 +763,7 @@ def load_edm(path_or_url):
                          dropout=0.0, channels_per_head=64)
         args |= meta['state']['_init_kwargs']
         kind = (meta['class_name'], args['embedding_type'], args['encoder_type'], args['decoder_type'])
+        if not all(isinstance(k, str) for k in kind) or args['num_blocks'] > 99: raise ValueError('it holds no network')
         arch = {('SongUNet', 'positional', 'standard', 'standard'): 'ddpmpp',
                 ('SongUNet', 'fourier', 'residual', 'standard'): 'ncsnpp',
                 ('UNet', 'positional', 'standard', 'standard'): 'edm2'}.get(kind)
@@ -773,7 +777,7 @@ def load_edm(path_or_url):
         def tensors(state):             # depth first, as in state_dict()
             for group in ('_parameters', '_buffers'):
                 yield from (v for name, v in state[group].items() if v is not None and name != 'resample_filter')
-            for name, module in state['_modules'].items():
+            for name, module in state.pop('_modules').items():      # once each
                 if name != 'map_augment': yield from tensors(module.args[0]['state'] if module.args else module.state)
 
         net.load_state_dict(dict(zip(net.state_dict(), tensors(meta['state']), strict=True)))

@@ -2480,6 +2480,73 @@ def test_a_pickle_runs_nothing(name, tmp_path, capfd):
     assert not (tmp_path / 'owned').exists()
 
 
+@pytest.mark.parametrize('name', ['ect', 'fid'])
+def test_no_program_in_a_picture_runs(name, tmp_path, monkeypatch, capfd):
+    """PostScript under the name of a PNG, with a stand-in for Ghostscript in the path."""
+    (tmp_path / 'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n')
+    (tmp_path / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    postscript = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n'
+    with zipfile.ZipFile(tmp_path / 'd.zip', 'w') as archive:
+        for i in range(3): archive.writestr(f'{i}.png', postscript)
+    with pytest.raises(SystemExit):
+        if name == 'fid': fid.survey(tmp_path / 'd.zip')
+        ect.load_data(config('ect', '--data', tmp_path / 'd.zip', '--res', 8))
+    assert '0.png cannot be read' in capfd.readouterr().err and not (tmp_path / 'ran').exists()
+
+
+def test_a_checkpoint_brings_its_knobs_and_nothing_else(data, tmp_path, capfd):
+    saved = go('ect', '--data', data, *TINY, *PHASES['ect'], '--steps', 2, '--out', tmp_path / 'run')
+    path, config_of = tmp_path / 'run' / 'latest.pt', saved['config']
+    torch.save(saved | dict(config=config_of | dict(save=str(tmp_path / 'elsewhere.npz'))), path)
+    go('ect', '--out', tmp_path / 'run', '--sample', 2)
+    assert (tmp_path / 'run' / 'samples.npz').exists() and not (tmp_path / 'elsewhere.npz').exists()
+    broken = [{k: v for k, v in saved.items() if k != part} for part in ('config', 'step', 'method')]
+    broken += [saved | dict(config=[1]), saved | dict(step='x')]
+    broken += [saved | dict(config=config_of | change) for change in (dict(mult=5), dict(ts=None), dict(steps='many'))]
+    for content in broken:
+        torch.save(content, path)
+        assert 'latest.pt cannot be read' in fails(capfd, 2, 'ect', '--out', tmp_path / 'run', '--sample', 2)
+
+
+def test_pickles_of_absurd_shape_are_refused_at_once(persistence, tmp_path, capfd):
+    """Modules that hold each other twice, forty deep; a thousand million blocks; nested tuples for a name."""
+    def song(modules, **kw):
+        kw = dict(img_resolution=8, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4]) | kw
+        state = dict(_init_kwargs=kw, _parameters={}, _buffers={}, _modules=modules)
+        model = Persistent(dict(class_name='SongUNet', state=state))
+        return pickle.dumps(dict(ema=Persistent(dict(state=dict(_modules=dict(model=model))))))
+    node, names = Persistent(dict(state=dict(_parameters={}, _buffers={}, _modules={}))), (0,)
+    for _ in range(40): node = Persistent(dict(state=dict(_parameters={}, _buffers={}, _modules=dict(a=node, b=node))))
+    for _ in range(60): names = names, names
+    for content in (song(dict(a=node)), song({}, num_blocks=10**9), song({}, embedding_type=names)):
+        (tmp_path / 'x.pkl').write_bytes(content)
+        began = time.time()
+        with pytest.raises(SystemExit): ect.load_edm(tmp_path / 'x.pkl')
+        assert 'x.pkl cannot be read' in capfd.readouterr().err and time.time() - began < 5
+
+
+def test_statistics_of_pointers_are_refused(tmp_path, capfd):
+    """Arrays of objects, whose bytes the file gives, in the two ways that a pickle can make one."""
+    op = lambda module, name: b'c' + module.encode() + b'\n' + name.encode() + b'\n'
+    text = lambda word: b'X' + struct.pack('<I', len(word)) + word.encode()
+    dtype = op('numpy', 'dtype') + b'(' + text('O') + b'I00\nI01\ntR' + b'(I3\n' + text('|') + b'NNNI-1\nI-1\nI0\ntb'
+    scalar = op('numpy.core.multiarray', 'scalar') + b'(' + dtype + b'C\x08' + b'A' * 8 + b'tR'
+    array = op('numpy.core.multiarray', '_reconstruct') + b'(' + op('numpy', 'ndarray') + b'(I0\nt' + b'C\x01btR' + \
+        b'(I1\n(I1\nt' + dtype + b'I00\nC\x08' + b'A' * 8 + b'tb'
+    for value in (scalar, array):
+        body = b'\x80\x02}' + text('fid') + b'}(' + text('mu') + value + text('sigma') + value + b'us.'
+        (tmp_path / 'x.pkl').write_bytes(body)
+        with pytest.raises(SystemExit): fid.read_statistics(tmp_path / 'x.pkl')
+        assert 'not numbers' in capfd.readouterr().err
+
+
+def test_a_damaged_log_is_named(tmp_path, capfd):
+    (tmp_path / 'log.csv').write_text('step,phase,loss,grad_norm\n1,ect,0.5,x\n')
+    with pytest.raises(SystemExit): fid.read_log(tmp_path / 'log.csv')
+    assert 'log.csv cannot be read' in capfd.readouterr().err
+
+
 def test_a_download_is_checked_and_its_failure_says_what_to_do(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
