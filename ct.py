@@ -409,6 +409,7 @@ def pictures(path):
     kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
     formats = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()          # whatever a file is called: PostScript is a program
     archive = None if path.is_dir() else zipfile.ZipFile(path)
+    if archive and any(i.file_size > 2**28 for i in archive.infolist()): raise ValueError('a member exceeds 256 MB')
     files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()]
     content = archive.read if archive else lambda name: (path / name).read_bytes()
     names = sorted(n for n in files if Path(n).suffix.lower() in kinds and Path(n).name[0] != '.')
@@ -576,6 +577,7 @@ def read_checkpoint(out):
     path = Path(out, 'latest.pt')
     if not os.path.exists(path): return None
     with reading(path, ': move it away, or give another --out'):
+        if zipfile.ZipFile(path).testzip(): raise zipfile.BadZipFile('wrong checksum')      # torch does not look
         saved = torch.load(path, map_location='cpu', weights_only=True)
         if saved['method'] != METHOD: stop(f'{out} is a run of {saved["method"]}.py: give another --out')
         step, recipe = int(saved['step']), saved['config']      # the knobs and nothing else: not --save, say

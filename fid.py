@@ -375,6 +375,7 @@ def pictures(path):
     kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
     formats = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()          # whatever a file is called: PostScript is a program
     archive = None if path.is_dir() else zipfile.ZipFile(path)
+    if archive and any(i.file_size > 2**28 for i in archive.infolist()): raise ValueError('a member exceeds 256 MB')
     files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()]
     content = archive.read if archive else lambda name: (path / name).read_bytes()
     names = sorted(n for n in files if Path(n).suffix.lower() in kinds and Path(n).name[0] != '.')
@@ -418,10 +419,10 @@ def each_image(path, rows=None):
     shape, fortran, dtype = getattr(np.lib.format, f'read_array_header_{major}_{minor}')(file)
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
         stop(f'{path} holds {dtype} {shape}{" in Fortran order" * fortran}, not uint8 (N, H, W, 3)')
-    wanted = set(range(shape[0]) if rows is None else rows)
-    for i in range(max(wanted, default=-1) + 1):
+    wanted = None if rows is None else set(rows)
+    for i in range(shape[0] if rows is None else max(wanted, default=-1) + 1):
         data = file.read(math.prod(shape[1:]))
-        if i in wanted: yield i, Image.frombytes('RGB', (shape[2], shape[1]), data)
+        if wanted is None or i in wanted: yield i, Image.frombytes('RGB', (shape[2], shape[1]), data)
 
 
 def survey(path):

@@ -2541,6 +2541,24 @@ def test_statistics_of_pointers_are_refused(tmp_path, capfd):
         assert 'not numbers' in capfd.readouterr().err
 
 
+def test_a_flipped_bit_and_a_bomb_are_refused(data, tmp_path, capfd):
+    go('ect', '--data', data, *TINY, *PHASES['ect'], '--steps', 2, '--out', tmp_path / 'run')
+    path = tmp_path / 'run' / 'latest.pt'
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert 'wrong checksum' in fails(capfd, 2, 'ect', '--out', tmp_path / 'run', '--sample', 2)
+    with zipfile.ZipFile(tmp_path / 'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+        with archive.open('0.png', 'w') as member:
+            for _ in range(257): member.write(bytes(2**20))
+    assert 'exceeds 256 MB' in fails(capfd, 2, 'ect', '--data', tmp_path / 'bomb.zip', '--out', tmp_path / 'b')
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 8, 8, 3), }\n"
+    with zipfile.ZipFile(tmp_path / 's.npz', 'w') as archive:
+        archive.writestr('arr_0.npy', b'\x93NUMPY\1\0' + struct.pack('<H', len(header)) + header + bytes(192))
+    with pytest.raises(SystemExit): fid.survey(tmp_path / 's.npz')
+    assert 's.npz cannot be read' in capfd.readouterr().err
+
+
 def test_a_damaged_log_is_named(tmp_path, capfd):
     (tmp_path / 'log.csv').write_text('step,phase,loss,grad_norm\n1,ect,0.5,x\n')
     with pytest.raises(SystemExit): fid.read_log(tmp_path / 'log.csv')
