@@ -143,8 +143,9 @@ class Loss(nn.Module):
         if cfg.flip: members = torch.cat([members, members + 1])                # 2 i + 1 its mirror image
         if cfg.refs < math.inf: members = self.some_of(members, step)
         for numbers in members.split(5000):
-            y = images[(numbers // 2).to(images.device)].to(device).float() / 127.5 - 1
-            yield torch.where((numbers % 2 > 0).to(device).view(-1, 1, 1, 1), y.flip(3), y)
+            y = images[(numbers // 2).to(images.device, non_blocking=True)].to(device).float() / 127.5 - 1
+            flip = (numbers % 2 > 0).to(device, non_blocking=True).view(-1, 1, 1, 1)
+            yield torch.where(flip, y.flip(3), y)
 
     def some_of(self, members, step):
         """Of these numbers those in the step's batch; or its distinct ones and others at random, --refs in all."""
