@@ -813,9 +813,10 @@ def train(cfg, data, rank, world, device):
     total, last, since, steps = torch.zeros(4, device=device), start, time.time(), range(start, cfg.steps)
 
     def share(step):
-        """This process's share of a step: uint8 images, labels, u, flips."""
+        """This process's share of a step: uint8 images, labels, u, flips. On the host numpy gathers them: torch would
+        start threads for this thread too, and both sets wait for each other on the same cores."""
         index, u, flips = (v[rank::world] for v in draw(cfg, len(images), loss_fn.phase(step)[3], step))
-        x = images[index.to(images.device)]
+        x = images[index.to(images.device)] if images.is_cuda else torch.from_numpy(images.numpy()[index.numpy()])
         if x.device != device: x = x.pin_memory()
         return x, labels[index] if cfg.cond else None, u, flips
 

@@ -2024,6 +2024,27 @@ def test_processes_and_micro_batches_do_not_change_the_run(name, data, tmp_path)
 
 
 @every_method
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='counts threads in Linux')
+def test_the_thread_that_fetches_rows_starts_no_threads_of_its_own(name, tmp_path):
+    """torch's own gathering would: a second set of OpenMP threads, which made default runs 2.4 times as slow."""
+    code = f'''
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import {name} as m
+report, count = m.report, []
+m.report = lambda *args: count.append(len(os.listdir("/proc/self/task")))
+for m.ahead in (map, m.ahead): m.main(sys.argv[1:] + ["--out", f"run{{len(count)}}"])
+print("threads", count[0], count[-1])
+'''
+    argv = [*TINY, *PHASES[name], '--batch', 64, '--steps', 6, '--device', 'cpu', '--log_every', 6]
+    done = subprocess.run([sys.executable, '-c', code, *map(str, argv)], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=120, env=os.environ | dict(OMP_NUM_THREADS='4'))
+    assert done.returncode == 0, done.stderr
+    alone, both = map(int, re.search(r'threads (\d+) (\d+)', done.stdout).groups())
+    assert both - alone <= 1, (alone, both)
+
+
+@every_method
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='reads the names of threads from Linux')
 def test_no_thread_of_a_process_group_outlives_it(name):
     """torch._dynamo, which optimisers import when first used, would keep the group: an abort at exit, now and then."""
