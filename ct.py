@@ -196,7 +196,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     fourier=(       16.0,                                     'scale of the time embedding of ncsnpp'),
     ch=(            32,           128,          192,          'channels at full resolution'),
     mult=(          (1, 1, 2),    (2, 2, 2),    (1, 2, 3, 4), 'channel multipliers, full resolution first'),
-    blocks=(        1,            4,            3,            'residual blocks per resolution'),
+    blocks=(        1,            4,            3,            'residual blocks per resolution, < 100'),
     attn=(          (8,),         (16,),        (32, 16, 8),  'resolutions with attention'),
     head_dim=(      0,            0,            64,           'channels per attention head; 0: one head'),
     dropout=(       0.0,                                      'dropout rate in [0, 1) [Table 3]'),
@@ -404,6 +404,7 @@ def pictures(path):
             batches = sorted((m for m in archive if Path(m.name).match('data_batch_*.bin')), key=lambda m: m.name)
             if not batches: raise ValueError('it holds no data_batch_*.bin: take the binary version of CIFAR-10')
             rows = np.frombuffer(b''.join(archive.extractfile(m).read() for m in batches), np.uint8).reshape(-1, 3073)
+            while archive.fileobj.read(2**20): pass             # to its end, where gzip's checksum is
         planes = rows[:, 1:].reshape(-1, 3, 32, 32)
         return range(len(rows)), lambda i: Image.fromarray(planes[i].transpose(1, 2, 0)), rows[:, 0]
     kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
@@ -582,6 +583,7 @@ def read_checkpoint(out):
         if saved['method'] != METHOD: stop(f'{out} is a run of {saved["method"]}.py: give another --out')
         step, recipe = int(saved['step']), saved['config']      # the knobs and nothing else: not --save, say
         recipe = {k: type(v[0])(recipe[k]) for k, v in CONFIG.items()} | dict(data=recipe['data'])
+        check(recipe, f'{path}: ')
     return saved | dict(step=step, config=recipe)
 
 
@@ -612,6 +614,7 @@ def new_network(cfg):
     shape, state = donor(cfg.init)
     with reading(cfg.init):
         vars(cfg).update({name: shape[name] for name in SHAPE})
+        check({name: shape[name] for name in SHAPE}, f'{cfg.init}: ')
         net = UNet(cfg)
         net.load_state_dict(state)
     return net
@@ -967,6 +970,18 @@ def numbers(text):
     return tuple(float(word) for word in text.split(','))
 
 
+def check(values, where=''):
+    """A knob or flag whose value has no meaning ends the program. What has one, the texts of the tables say."""
+    for name, value in values.items():
+        *table, meaning = {**FLAGS, **CONFIG}[name]
+        low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
+        high = 1 if '0, 1)' in meaning else 100 if '< 100' in meaning else math.inf
+        for v in value if isinstance(value, tuple) else (value,):
+            zero = v == 0 and ('[0, ' in meaning or '0: ' in meaning)
+            fits = low < v < high or zero if isinstance(v, (int, float)) else v in CHOICES.get(name, (v,))
+            if value not in table and not fits: stop(f'{where}--{name} cannot be {v}: {meaning}')
+
+
 def config(argv=None):
     """Knobs and flags as a Namespace: the column of CONFIG for --data (a path: of its image size, from scratch), or the
     config of the checkpoint in --out; then argv. Bad values end the program."""
@@ -979,14 +994,7 @@ def config(argv=None):
         if value is False: kind = dict(action='store_true')
         parser.add_argument(f'--{name}', help=f'{meaning} [{", ".join(map(str, (value, *more)))}]', **kind)
     given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        *table, meaning = knobs[name]
-        low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
-        high = 1 if '0, 1)' in meaning else math.inf
-        for v in value if isinstance(value, tuple) else (value,):
-            zero = v == 0 and ('[0, ' in meaning or '0: ' in meaning)
-            if value not in table and isinstance(v, (int, float)) and not (low < v < high or zero):
-                stop(f'--{name} cannot be {v}: {meaning}')
+    check(given)
     cfg = {name: value for name, (value, _) in FLAGS.items()} | given
     cfg['out'] = cfg['out'] or f'runs/{METHOD}-{Path(cfg["data"]).name.split(".")[0]}'
     saved, column, own = read_checkpoint(cfg['out']), cfg['data'], {}

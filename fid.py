@@ -370,6 +370,7 @@ def pictures(path):
             batches = sorted((m for m in archive if Path(m.name).match('data_batch_*.bin')), key=lambda m: m.name)
             if not batches: raise ValueError('it holds no data_batch_*.bin: take the binary version of CIFAR-10')
             rows = np.frombuffer(b''.join(archive.extractfile(m).read() for m in batches), np.uint8).reshape(-1, 3073)
+            while archive.fileobj.read(2**20): pass             # to its end, where gzip's checksum is
         planes = rows[:, 1:].reshape(-1, 3, 32, 32)
         return range(len(rows)), lambda i: Image.fromarray(planes[i].transpose(1, 2, 0)), rows[:, 0]
     kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
@@ -485,7 +486,8 @@ def read_statistics(path, model='inception'):
     path = Path(path)
     if not path.is_file() or path.suffix not in ('.npz', '.pkl', '.fid'): return None
     with reading(path):
-        if path.suffix == '.pkl': found = Arrays(path.open('rb')).load()['fd_dinov2' if model == 'dinov2' else 'fid']
+        if path.suffix == '.pkl':
+            with open(path, 'rb') as file: found = Arrays(file).load()['fd_dinov2' if model == 'dinov2' else 'fid']
         else: found = np.load(path, allow_pickle=False)
         if not {'mu', 'sigma'} <= set(found): return None
         mu, sigma = (np.asarray(found[k], np.float64) for k in ('mu', 'sigma'))

@@ -1881,6 +1881,12 @@ def test_a_damaged_picture_or_file_of_pictures_is_named_and_nothing_is_left(tmp_
         (tmp_path / 'a.8.decoded').write_bytes(left[:cut])
         line = fails(capfd, 2, 'ect', '--data', folder, '--out', tmp_path / 'run')
         assert 'a.8.decoded cannot be read' in line and line.endswith('delete it'), line
+    (tmp_path / 'b').mkdir()
+    path = tmp_path / 'b' / make_data(tmp_path / 'b', pictures(25, 32), np.arange(25) % 7)[2]
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:-8] + b'wrong sum'):     # in gzip's last bytes, behind the last member
+        path.write_bytes(content)
+        assert f'{path.name} cannot be read' in fails(capfd, 2, 'ect', '--data', path, '--out', tmp_path / 'run')
 
 
 def slow_decoder(tmp_path, name, delay=0.02):
@@ -2247,6 +2253,8 @@ def test_a_signal_saves_and_the_same_command_resumes(gpus, number, data, tmp_pat
     for line in job.stdout:
         if ' 10 ' in line: break
     job.send_signal(number)
+    time.sleep(0.02)
+    job.send_signal(number)                                     # an impatient second one changes nothing
     _, error = job.communicate(timeout=60)
     assert job.returncode == 128 + number, (job.returncode, error)
     step = torch.load(tmp_path / 'run' / 'latest.pt', weights_only=True)['step']
@@ -2392,7 +2400,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused_at_once(data, tmp_path, 
     ('--sample 4', 'no checkpoint'), ('--dropout 1', '--dropout cannot be 1.0: dropout rate in [0, 1)'),
     ('--lr nan', '--lr cannot be nan'), ('--res -1', '--res cannot be -1'), ('--ts 1,2', 'noise levels fall'),
     ('--ts 80,nan', '--ts cannot be nan'), ('--mult 1,0', '--mult cannot be 0.0'), ('--ch 7', 'no network has'),
-    ('--head_dim 3', 'no network has'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
+    ('--head_dim 3', 'no network has'), ('--blocks 100', '--blocks cannot be 100'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
     ('--out {tmp}/file', '{tmp}/file is no folder one may write to'), ('--save {tmp}/file/s.npz', 'file is no folder'),
     ('--label 3', 'no such class'), ('--gpus 64', 'this machine has'),
     ('--gpus 999 --device cpu', 'this machine has'), ('--data {here}/README.md', 'folder, .zip or .tar.gz'),
@@ -2524,10 +2532,15 @@ def test_a_checkpoint_brings_its_knobs_and_nothing_else(data, tmp_path, capfd):
     assert (tmp_path / 'run' / 'samples.npz').exists() and not (tmp_path / 'elsewhere.npz').exists()
     broken = [{k: v for k, v in saved.items() if k != part} for part in ('config', 'step', 'method')]
     broken += [saved | dict(config=[1]), saved | dict(step='x')]
-    broken += [saved | dict(config=config_of | change) for change in (dict(mult=5), dict(ts=None), dict(steps='many'))]
+    broken += [saved | dict(config=config_of | change) for change in (
+        dict(mult=5), dict(ts=None), dict(steps='many'), dict(opt='lr_scheduler'), dict(blocks=10**9), dict(lr=-1.0))]
     for content in broken:
         torch.save(content, path)
-        assert 'latest.pt cannot be read' in fails(capfd, 2, 'ect', '--out', tmp_path / 'run', '--sample', 2)
+        line = fails(capfd, 2, 'ect', '--out', tmp_path / 'run', '--sample', 2)
+        assert re.search(r'latest.pt(:| cannot be read:)', line), line
+    torch.save(saved | dict(config=config_of | dict(blocks=10**9)), path)
+    line = fails(capfd, 2, 'ect', '--data', data, '--init', path, '--out', tmp_path / 'other', '--steps', 2)
+    assert 'latest.pt: --blocks cannot be 1000000000' in line
 
 
 def test_pickles_of_absurd_shape_are_refused_at_once(persistence, tmp_path, capfd):
