@@ -636,23 +636,29 @@ def sheet(rows, path):
 
 
 def read_log(path):
-    """log.csv -> its rows, [{column: value}]"""
+    """log.csv -> its rows, [{column: value}], with the network passes so far of a batch: a backward pass is two"""
+    costs, passes, last = {'diffusion': 3, 'stage 2': 5, 'scd': 5, 'cd': 6}, 0, 0          # of a step; of others 4
     with reading(path), open(path, newline='') as file:
-        return [dict(phase=row['phase'], **{k: float(row[k]) for k in ('step', 'loss', 'grad_norm')})
+        rows = [dict(phase=row['phase'], **{k: float(row[k]) for k in ('step', 'loss', 'grad_norm')})
                 for row in csv.DictReader(file)]
+    for row in rows:
+        passes, last = passes + costs.get(row['phase'], 4) * (row['step'] - last), row['step']
+        row['passes'] = passes
+    return rows
 
 
 def curves(logs, path):
-    """Loss and gradient norm of {name: rows of log.csv}, logarithmic; lines break where a phase, so the loss, ends."""
+    """Loss and gradient norm of {name: rows of log.csv} against network passes, logarithmic; lines break where a phase,
+    so the loss, ends."""
     font, (width, height, left, gap) = ImageFont.load_default(size=14), (640, 300, 64, 30)
     canvas = Image.new('RGB', (left + width + gap, 2 * (height + gap) + gap + 24 * len(logs)), 'white')
     draw, colours = ImageDraw.Draw(canvas), '#1f6fb4 #d95f02 #1b8a5a #a6306e #7a5195 #8c6d1f #444444 #17a2b8'.split()
-    last = max(row['step'] for rows in logs.values() for row in rows)
+    last = max(row['passes'] for rows in logs.values() for row in rows)
     for y0, column in ((gap, 'loss'), (2 * gap + height, 'grad_norm')):
         shown = lambda row: 0 < row[column] < math.inf
         values = [row[column] for rows in logs.values() for row in rows if shown(row)] or [1.0]
         low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
-        place = lambda step, v: (left + width * step / last, y0 + height * (high - math.log10(v)) / (high - low))
+        place = lambda passes, v: (left + width * passes / last, y0 + height * (high - math.log10(v)) / (high - low))
         draw.text((left, y0 - 4), column, 'black', font, anchor='lb')
         for power in range(low, high + 1):
             y = place(0, 10.0 ** power)[1]
@@ -660,9 +666,9 @@ def curves(logs, path):
             draw.text((left - 8, y), f'{10.0 ** power:g}', 'black', font, anchor='rm')
         for colour, rows in zip(itertools.cycle(colours), logs.values()):
             for _, phase in itertools.groupby(rows, lambda row: row['phase']):
-                points = [place(row['step'], row[column]) for row in phase if shown(row)]
+                points = [place(row['passes'], row[column]) for row in phase if shown(row)]
                 if len(points) > 1: draw.line(points, colour, 2)
-        draw.text((left + width, y0 + height + 4), f'step {last:g}', 'black', font, anchor='rt')
+        draw.text((left + width, y0 + height + 4), f'{last:g} network passes', 'black', font, anchor='rt')
     for i, (colour, name) in enumerate(zip(itertools.cycle(colours), logs)):
         draw.text((left, y0 + height + gap + 24 * i), name, colour, font, anchor='lt')
     write(path, lambda file: canvas.save(file, 'PNG'))

@@ -934,8 +934,8 @@ def write_samples(cfg, data, rank, world, device):
     save, start = Path(cfg.save or Path(cfg.out, 'samples.npz')), time.time()
     if save.suffix not in ('.npz', ''): stop(f'--save {save}: give an .npz or a folder')
     net = new_network(cfg).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    saved = read_checkpoint(Path(cfg.init).parent)
-    if cfg.heun and saved and saved['step'] > cfg.warmup:       # the diffusion model that training started from
+    saved = read_checkpoint(cfg.out) if cfg.heun and Path(cfg.init) == Path(cfg.out, 'latest.pt') else dict(step=0)
+    if saved['step'] > cfg.warmup:      # the diffusion model that training started from
         net.load_state_dict({k[8:]: v for k, v in saved['loss'].items() if k[:8] == 'teacher.'})
     if cfg.compile: net.compile(dynamic=False)
     images = torch.zeros(cfg.sample, 3, cfg.res, cfg.res, dtype=torch.uint8, device=device)

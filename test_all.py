@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import linalg, stats
+from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)              # the networks here are tiny
 close, nn = torch.testing.assert_close, torch.nn
@@ -1385,6 +1386,11 @@ def test_stages_of_scm(data, tmp_path):
     scd = go('scm', '--data', data, *TINY, '--teacher', e_file, '--steps', 3, '--out', tmp_path / 'b')
     assert_same({k[8:]: v for k, v in scd['loss'].items() if k[:8] == 'teacher.'}, e['ema'], rtol=0, atol=0)
     assert scd['config']['arch'] == 'ddpmpp'
+    argv = list(map(str, ['--init', e_file, '--out', tmp_path / 'c', '--sample', 4, '--heun', 3]))
+    scm.main([*argv, '--save', str(tmp_path / 'e.npz')])        # ect.py's diffusion model, whatever stands beside it
+    net = scm.new_network(cfg := scm.config(argv)).eval()
+    expected = scm.generate(cfg, net, torch.arange(4), [1.5458015], torch.device('cpu')).permute(0, 2, 3, 1)
+    assert (np.load(tmp_path / 'e.npz')['arr_0'] == expected.numpy()).all()
 
 
 def test_dropout_and_weight_of_each_stage():
@@ -2672,6 +2678,19 @@ def relative(a, b): return ((a - b).norm() / b.norm()).item()
 def flat(saved): return torch.cat([v.flatten().double() for v in saved['loss'].values()])
 
 
+@pytest.mark.skipif(not (HERE / '.ci').exists(), reason='needs .ci/fake_cuda.py')
+@pytest.mark.parametrize('name', [name if name in ('ect', 'fid') else pytest.param(name, marks=slow) for name in SCRIPTS])
+def test_on_a_fake_gpu_no_device_or_dtype_is_wrong_and_a_step_waits_once_at_most(name):
+    """Training, sampling and fid.py on tensors that only pretend to be on cuda:0."""
+    argv = [sys.executable, '.ci/fake_cuda.py', '--syncs', name]
+    done = subprocess.run(argv, cwd=HERE, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and 'no device or dtype error' in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    steps = re.findall(r'one step: .*\n((?: .*\n)*)', done.stdout)
+    for step in steps: assert sum(map(int, re.findall(r'^ +(\d+) x .*waits', step, re.M))) <= 1, step
+    assert len(steps) > 1 or name == 'fid'
+    print(done.stdout.splitlines()[-1])
+
+
 @needs_gpu
 def test_gpu_is_named(say):
     where = torch.cuda.get_device_name() if GPU.type == 'cuda' else 'GPU, the CPU stands for one'
@@ -3428,7 +3447,7 @@ def test_a_comparison_of_runs_leaves_table_contact_sheet_and_curves(small, capfd
         run_at.mkdir(parents=True)
         torch.save({}, run_at / 'latest.pt')
         np.savez(run_at / 'samples.npz', arr_0=pictures(40, 8, k))
-        rows = (f'{s},{"a" if s < 5 else "b"},{1 / s + k},{0 if s in (3, 8) else s},1e-3,9,0\n' for s in range(1, 9))
+        rows = (f'{s},{"diffusion" if s < 5 else "stage 2"},{1 / s + k},{0 if s in (3, 8) else s},1e-3,9,0\n' for s in range(1, 9))
         (run_at / 'log.csv').write_text('step,phase,loss,grad_norm,lr,images_per_second,skipped\n' + ''.join(rows))
     fid.main('runs/ect runs/tcm/samples.npz --ref ref.npz'.split())             # a run folder stands for its samples
     out = capfd.readouterr().out.splitlines()
@@ -3442,7 +3461,8 @@ def test_a_comparison_of_runs_leaves_table_contact_sheet_and_curves(small, capfd
     plot = np.asarray(Image.open('fid-curves.png'))
     for colour in ((0x1f, 0x6f, 0xb4), (0xd9, 0x5f, 0x02)):
         drawn = (plot == colour).all(-1)
-        assert drawn.sum() > 200 and not drawn[:, 390:458].any()                # phase a ends at step 4, b begins at 5
+        assert drawn.sum() > 200 and not drawn[:, 308:400].any()                # from pass 12 of 32 to 17
+        assert drawn[:, 300:308].any() and drawn[:, 400:408].any()
     np.savez('runs/ect/again.npz', arr_0=pictures(40, 8, 5))
     files = [f'runs/{r}.npz' for r in ('ect/samples', 'tcm/samples', 'ect/again')]
     assert [len(r['FID']) for r in score(capfd, *files, '--ref', 'ref.npz', '--mean')[0]['models']] == [2, 1]
@@ -3464,6 +3484,53 @@ def test_fid_runs_as_a_user_starts_it_and_two_processes_give_the_statistics_of_o
     for name, expected in zip('ab', features):
         np.testing.assert_allclose(np.load(f'{name}.npz.digits.fid')['features'], expected, rtol=1e-3, atol=1e-4)
     assert float(row.split()[1]) == pytest.approx(singular_value_distance(*features), rel=1e-3)
+
+
+@pytest.mark.parametrize('name, passes', [('ct', [4]), ('ict', [4]), ('ect', [3, 4]), ('sct', [3, 4]), ('scm', [3, 4]),
+                                          ('tcm', [3, 4, 5])])
+def test_a_step_costs_as_many_passes_as_the_readme_counts(name, passes):
+    """Operations of convolutions and products in a step of each phase, over those of a forward pass."""
+    cfg = config(name, '--steps', 30, *['--warmup', 10] * (len(passes) > 1), *['--stage1', 10] * (name == 'tcm'))
+    net = MODULES[name].UNet(cfg)
+    loss, (x, z), u = MODULES[name].Loss(net, cfg, None), torch.randn(2, 4, 3, 16, 16), torch.rand(4)
+    def operations(work):
+        with FlopCounterMode(display=False) as counter: work()
+        return counter.get_total_flops()
+    one = operations(lambda: net(x, u))
+    for phase, count in enumerate(passes):
+        step = 10 * phase if len(passes) > 1 else 0
+        if name == 'sct': cfg.refs = 1.0
+        assert operations(lambda: loss(x, None, u, z, step).sum().backward()) / one == pytest.approx(count, rel=0.01)
+
+
+@pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
+def test_the_comparison_in_the_readme_runs_at_a_toy_budget(classifier, tmp_path, capfd):
+    """Its commands, as bash expands them, on networks of 8 channels."""
+    block = re.search(r'```\n(for P in .*?)```', (HERE / 'README.md').read_text(), re.S)[1]
+    toy = block.replace('3000 12000', '120').replace('0 1 2;', '0 1;').replace('10000', '20')
+    assert toy.count('120') == toy.count('0 1;') == toy.count('20 --nfe') == 1
+    said = subprocess.run(['bash', '-euc', f'''python() {{
+    if [ "$1" = -c ]; then {sys.executable} "$@"; else echo "$@"; fi
+}}
+{toy}'''], capture_output=True, text=True)
+    assert not said.stderr
+    *commands, last = [line.split() for line in said.stdout.splitlines()]
+    small = '--ch 8 --mult 1,2 --attn 4 --device cpu'.split()
+    steps = {}
+    for script, *argv in commands:
+        name = script.removesuffix('.py')
+        saved = go(name, *argv, *small * ('--steps' in argv))
+        steps[argv[argv.index('--out') + 1]] = saved['step'], saved['config']['ema']
+    assert len(steps) == 2 * 7 and {ema for _, ema in steps.values()} == {0.8}
+    passes = {Path(run).name: 4 * step for run, (step, _) in steps.items()} | {
+        'diffusion': 3 * steps['runs/120/1/diffusion'][0],
+        'tcm': 4 * 9 + 5 * (steps['runs/120/1/tcm'][0] - 9)}
+    tuned = passes['diffusion']
+    assert {passes['ct'], passes['ict']} == {120} == {tuned + passes[m] for m in ('ect', 'sct', 'scm')}
+    assert tuned + passes['tcm'] == pytest.approx(120, abs=4)
+    assert last == ['fid.py', 'runs/*/*-[12]/*.npz', '--mean']
+    found, _ = score(capfd, *sorted(Path().glob(last[1])), '--mean')
+    assert [len(row['sure']) for row in found['models']] == [2] * 12
 
 
 if __name__ == '__main__':
