@@ -377,9 +377,12 @@ class UNet(nn.Module):
 
 @contextlib.contextmanager
 def reading(file, advice=''):
-    """Whatever fails in here, while a file of unknown content is read, ends the program with one line about it."""
-    try: yield
-    except Exception as error: stop(f'{file} cannot be read: {type(error).__name__} {str(error)[:300]}{advice}')
+    """Whatever fails in here, while a file of unknown content is read, ends the program with one line about it, without
+    the warnings that libraries give before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: yield
+        except Exception as error: stop(f'{file} cannot be read: {type(error).__name__} {str(error)[:300]}{advice}')
 
 
 def fetch(url, sha256=None):
@@ -475,7 +478,8 @@ def decode(path, res):
     with reading(path):
         before, (names, picture, labels) = stamp(path), pictures(path)
         with reading(f'{path}/{names[0]}'): side = min(picture(names[0]).size)
-    if labels is not None and (labels.dtype.kind not in 'iu' or not 0 <= labels.min() <= labels.max() < 100_000):
+    if labels is not None and (labels.dtype.kind not in 'iu' or labels.ndim > 1 or not
+                               0 <= labels.min() <= labels.max() < 100_000):
         stop(f'{path}: its labels must be whole numbers from 0 to 99,999')
 
     def pixels(name):
@@ -584,6 +588,7 @@ def read_checkpoint(out):
         step, recipe = int(saved['step']), saved['config']      # the knobs and nothing else: not --save, say
         recipe = {k: type(v[0])(recipe[k]) for k, v in CONFIG.items()} | dict(data=recipe['data'])
         check(recipe, f'{path}: ')
+        if step < 0: raise ValueError(f'its step is {step}')
     return saved | dict(step=step, config=recipe)
 
 

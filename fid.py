@@ -35,7 +35,7 @@ covariance over n - 1, network in float32 without TF32, statistics in float64. W
 - FD-DINOv2 resizes as EDM2, by PyTorch's antialiased bicubic; dgm-eval resizes by Pillow's, rounded to uint8.
 """
 import argparse, contextlib, csv, hashlib, io, itertools, json, math, os, pickle, re, signal, sys, tarfile, time
-import zipfile
+import warnings, zipfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,9 +288,12 @@ def note(text): print(f'{METHOD}.py: {text}', file=sys.stderr, flush=True)
 
 @contextlib.contextmanager
 def reading(file, advice=''):
-    """Whatever fails in here, while a file of unknown content is read, ends the program with one line about it."""
-    try: yield
-    except Exception as error: stop(f'{file} cannot be read: {type(error).__name__} {str(error)[:300]}{advice}')
+    """Whatever fails in here, while a file of unknown content is read, ends the program with one line about it, without
+    the warnings that libraries give before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: yield
+        except Exception as error: stop(f'{file} cannot be read: {type(error).__name__} {str(error)[:300]}{advice}')
 
 
 def write(path, writer):

@@ -2479,7 +2479,7 @@ def test_slow_what_every_knob_takes_runs_or_ends_in_one_line(name, data, tmp_pat
     print(f'{name}: {ran} values ran')
 
 
-@pytest.mark.parametrize('labels', [[-1, 0], [0.5, 1], [None, 1], ['a', 'b'], [10**9, 0], [1]])
+@pytest.mark.parametrize('labels', [[-1, 0], [0.5, 1], [None, 1], ['a', 'b'], [10**9, 0], [[0], [1]], [1]])
 def test_labels_that_are_no_classes_are_refused(labels, tmp_path, capfd):
     zipped(tmp_path / 'x.zip', pictures(2))
     with zipfile.ZipFile(tmp_path / 'x.zip', 'a') as archive:
@@ -2537,7 +2537,7 @@ def test_a_checkpoint_brings_its_knobs_and_nothing_else(data, tmp_path, capfd):
     go('ect', '--out', tmp_path / 'run', '--sample', 2)
     assert (tmp_path / 'run' / 'samples.npz').exists() and not (tmp_path / 'elsewhere.npz').exists()
     broken = [{k: v for k, v in saved.items() if k != part} for part in ('config', 'step', 'method')]
-    broken += [saved | dict(config=[1]), saved | dict(step='x')]
+    broken += [saved | dict(config=[1]), saved | dict(step='x'), saved | dict(step=-5), torch.zeros(3)]
     broken += [saved | dict(config=config_of | change) for change in (
         dict(mult=5), dict(ts=None), dict(steps='many'), dict(opt='lr_scheduler'), dict(blocks=10**9), dict(lr=-1.0))]
     for content in broken:

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)
-MEMORY, TIME = 3 << 30, 15
+MEMORY, TIME = 3 << 30, 40
 TINY = '--ch 8 --mult 1,2 --blocks 1 --attn 4 --batch 4 --log_every 1 --dropout 0 --lr 1e-3 --device cpu'.split()
 
 # --------------------------------------------------------------------------------------------------------- seeds
@@ -312,9 +312,10 @@ def attempt(go, folder, first=None):
 def judge(end, kind, first, missing, names, owned=False):
     """-> None, or (sort of breach, what)"""
     lines = [l for l in end['err'].splitlines() if l.strip()]
-    while len(lines) > 1 and lines[0].startswith('fid.py: ') and re.search('repeated to 3|biased|duplicates|JPEG|does not say|images, .* img/s', lines[0]): lines.pop(0)
+    while len(lines) > 1 and lines[0].startswith('fid.py: ') and re.search('repeated to 3|bias|duplicates|JPEG|does not say|images, .* img/s', lines[0]): lines.pop(0)
     while len(lines) > 1 and re.search(r'\d+ of \d+ images, .* img/s', lines[0]): lines.pop(0)
-    while len(lines) > 1 and re.match(r'TIFF\w+: |\w+: .*(tag|strip|directory|TIFF|LZW)', lines[0]): lines.pop(0)
+    while len(lines) > 1 and re.match(r'TIFF\w+: |LZW\w+: |tempfile.tif: ', lines[0]): lines.pop(0)
+    while len(lines) > 2 and 'DecompressionBombWarning' in lines[0]: del lines[:2]     # Pillow's, of huge pictures
     if owned: return 'code', 'it ran something'
     if end['code'] == -signal.SIGALRM: return 'hang', f'{TIME} s'
     if end['code'] < 0: return 'crash', signal.Signals(-end['code']).name
@@ -623,6 +624,10 @@ def hostile(base, methods, fid):
     return found
 
 
+TAKEN = ('a bomb of 12000 squared', 'picture 1 x 1', 'picture not square', 'picture CMYK', 'zip of one name twice',        # cropped, converted,
+         'latest.pt that names --save', 'latest.pt that names --out')                                                     # or ignored
+
+
 def run_hostile(case, base, work, keep):
     name, file, content, target = case
     folder = work / 'hostile'
@@ -642,9 +647,10 @@ def run_hostile(case, base, work, keep):
         return go(first)
     end = attempt(with_path, folder, 'refuse')
     owned = (folder / 'owned').exists()
-    breach = judge(end, {}, 'refuse', False, [Path(file).name, Path(file).stem, Path(file).parent.name or '?', *(['0.png', '1.png', '1.gif', '1.jpg'] if 'picture' in name or 'bomb' in name else [])], owned)
+    may = name in TAKEN and end['code'] == 0
+    breach = None if may else judge(end, {}, 'refuse', False, [Path(file).name, Path(file).stem, Path(file).parent.name or '?', *(['0.png', '1.png', '1.gif', '1.jpg'] if 'picture' in name or 'bomb' in name else [])], owned)
     if outside.exists() and any(outside.rglob('*')): breach = 'outside', 'it wrote ' + ' '.join(str(p.name) for p in outside.rglob('*'))
-    if breach is None and (folder / 'out').exists(): breach = 'left', 'a run folder'
+    if breach is None and not may and (folder / 'out').exists(): breach = 'left', 'a run folder'
     if breach and keep: (keep / re.sub(r'\W+', '-', name)).write_bytes(content)
     return breach, end
 
