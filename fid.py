@@ -656,7 +656,7 @@ def curves(logs, path):
     font, (width, height, left, gap) = ImageFont.load_default(size=14), (640, 300, 64, 30)
     canvas = Image.new('RGB', (left + width + gap, 2 * (height + gap) + gap + 24 * len(logs)), 'white')
     draw, colours = ImageDraw.Draw(canvas), '#1f6fb4 #d95f02 #1b8a5a #a6306e #7a5195 #8c6d1f #444444 #17a2b8'.split()
-    last = max(row['passes'] for rows in logs.values() for row in rows)
+    last = max((row['passes'] for rows in logs.values() for row in rows), default=1)
     for y0, column in ((gap, 'loss'), (2 * gap + height, 'grad_norm')):
         shown = lambda row: 0 < row[column] < math.inf
         values = [row[column] for rows in logs.values() for row in rows if shown(row)] or [1.0]

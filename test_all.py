@@ -2603,6 +2603,8 @@ def test_a_damaged_log_is_named(tmp_path, capfd):
     (tmp_path / 'log.csv').write_text('step,phase,loss,grad_norm\n1,ect,0.5,x\n')
     with pytest.raises(SystemExit): fid.read_log(tmp_path / 'log.csv')
     assert 'log.csv cannot be read' in capfd.readouterr().err
+    (tmp_path / 'log.csv').write_text('step,phase,loss,grad_norm\n')       # a run that has said nothing yet
+    fid.curves(dict(a=fid.read_log(tmp_path / 'log.csv')), tmp_path / 'c.png')
 
 
 def test_a_download_is_checked_and_its_failure_says_what_to_do(tmp_path, monkeypatch, capfd):

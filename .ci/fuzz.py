@@ -312,8 +312,8 @@ def attempt(go, folder, first=None):
 def judge(end, kind, first, missing, names, owned=False):
     """-> None, or (sort of breach, what)"""
     lines = [l for l in end['err'].splitlines() if l.strip()]
-    while len(lines) > 1 and lines[0].startswith('fid.py: ') and re.search('repeated to 3|bias|duplicates|JPEG|does not say|images, .* img/s', lines[0]): lines.pop(0)
-    while len(lines) > 1 and re.search(r'\d+ of \d+ images, .* img/s', lines[0]): lines.pop(0)
+    while len(lines) > 1 and lines[0].startswith('fid.py: ') and re.search('repeated to 3|bias|duplicates|JPEG|does not say|images, .*/s', lines[0]): lines.pop(0)
+    while len(lines) > 1 and re.search(r'\d+ of \d+ images, .*/s', lines[0]): lines.pop(0)
     while len(lines) > 1 and re.match(r'TIFF\w+: |LZW\w+: |tempfile.tif: ', lines[0]): lines.pop(0)
     while len(lines) > 2 and 'DecompressionBombWarning' in lines[0]: del lines[:2]     # Pillow's, of huge pictures
     if owned: return 'code', 'it ran something'
