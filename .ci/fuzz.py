@@ -6,12 +6,12 @@ fuzz.py  Damaged and hostile files against the scripts of a checkout.
 Prints one line of figures on stdout; one line per distinct breach on stderr; exit 1 if there was any. First every fixed
 hostile file once (3 minutes on two cores), then random damage to a good file of every kind in turn, for SECONDS. A case is a function
 of (--seed, kind, number): `--seed 0 --kind npz --case 17` repeats it and shows what it printed. --keep FOLDER keeps the
-files that did it. Each case runs in a forked child, with a limit of memory (3 GB more than the parent) and time (15 s).
+files that did it. Each case runs in a forked child, with a limit of memory (3 GB more than the parent) and time (40 s).
 
 What counts as a breach (the promise: one line on stderr that names the culprit, exit code 2, nothing else touched):
   code       something of the file's choice ran             crash      the process died of a signal
   outside    a file was written or changed elsewhere        lost       the checkpoint changed although it was refused
-  hang       15 s were not enough                           memory     more than 1.5 GB were used
+  hang       40 s were not enough                           memory     more than 1.5 GB were used
   silent     damaged (the format has a checksum, or bytes are missing) and taken as good, with other content
   accepted   a hostile file that must be refused was taken  traceback  an exception reached the user
   lines      not exactly one line on stderr                 exit       refused with another exit code than 2
