@@ -1168,7 +1168,6 @@ def test_forward_mode_is_torchs_own_in_float32_and_with_dropout():
     for arch in scm.CHOICES['arch']:
         net = random_net('scm', '--arch', arch, '--head_dim', 8).float()
         x, z, t = (v.float() for v in scm_inputs())
-        x = x.contiguous(memory_format=torch.channels_last)
         out, g = scm_loss(net).float().tangent(x, None, z, t.double(), 110)
         x_t, dx, cos, sin = on_path(x, z, t)
         value, J = torch.func.jvp(lambda v, s: net(2 * v, s) if 'scm' in arch else scm.F(net, v, s), (x_t, t),
@@ -1185,6 +1184,17 @@ def test_forward_mode_is_torchs_own_in_float32_and_with_dropout():
         torch.manual_seed(3)
         ends.append(scm.f(net, on_path(x, z, t + s)[0], t + s))
     close(g / on_path(x, z, t)[2], (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=3e-6)
+
+
+def test_the_tangent_leaves_compiled_code_alone():
+    """torch.compile cannot take forward mode: with torch 2.11 on a GPU it raised an error, with 2.14 it gives up late."""
+    net, (x, z, t), graphs = random_net('scm'), scm_inputs(), []
+    net.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    net(x, t)
+    frames = dict(torch._dynamo.utils.counters['frames'])
+    _, g = scm_loss(net).tangent(x, None, z, t, 110)
+    assert len(graphs) == 1 and torch._dynamo.utils.counters['frames'] == frames
+    close(g, scm_loss(random_net('scm')).tangent(x, None, z, t, 110)[1])
 
 
 def test_half_precision_would_spoil_the_tangent():
@@ -1553,7 +1563,7 @@ def persistence(monkeypatch):
 @needs_golden
 def test_snapshots_in_ects_and_tcms_layout_are_read(persistence, tmp_path):
     """ECT writes dict(ema), TCM dict(ema, loss_fn, ...) with the network under another name, both in float32."""
-    with open(GOLDEN / 'edm2_cond.pkl', 'rb') as file: official = pickle.load(file)
+    with open(GOLDEN / 'edm2_cond.pkl', 'rb') as file: official = pickle.load(file)      # ours
     expected = ect.load_edm(GOLDEN / 'edm2_cond.pkl').state_dict()
     ema = official['ema'].meta
     walk = [ema['state']['_modules'][k] for k in ema['state']['_modules']]
@@ -2406,7 +2416,8 @@ def test_a_folder_that_may_not_be_written_to_is_refused_at_once(data, tmp_path, 
     ('--sample 4', 'no checkpoint'), ('--dropout 1', '--dropout cannot be 1.0: dropout rate in [0, 1)'),
     ('--lr nan', '--lr cannot be nan'), ('--res -1', '--res cannot be -1'), ('--ts 1,2', 'noise levels fall'),
     ('--ts 80,nan', '--ts cannot be nan'), ('--mult 1,0', '--mult cannot be 0.0'), ('--ch 7', 'no network has'),
-    ('--head_dim 3', 'no network has'), ('--blocks 100', '--blocks cannot be 100'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
+    ('--head_dim 3', 'no network has'), ('--P_mean inf', '--P_mean cannot be inf'), ('--flip 2', 'invalid choice'),
+    ('--blocks 100', '--blocks cannot be 100'),
     ('--out {tmp}/file', '{tmp}/file is no folder one may write to'), ('--save {tmp}/file/s.npz', 'file is no folder'),
     ('--label 3', 'no such class'), ('--gpus 64', 'this machine has'),
     ('--gpus 999 --device cpu', 'this machine has'), ('--data {here}/README.md', 'folder, .zip or .tar.gz'),
@@ -2587,7 +2598,8 @@ def test_a_flipped_bit_and_a_bomb_are_refused(data, tmp_path, capfd):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert 'wrong checksum' in fails(capfd, 2, 'ect', '--out', tmp_path / 'run', '--sample', 2)
+    for argv in (['--out', tmp_path / 'run'], ['--out', tmp_path / 'other', '--init', path]):
+        assert 'wrong checksum' in fails(capfd, 2, 'ect', *argv, '--sample', 2)
     with zipfile.ZipFile(tmp_path / 'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
         with archive.open('0.png', 'w') as member:
             for _ in range(257): member.write(bytes(2**20))
@@ -2677,12 +2689,16 @@ def say(capfd):
 def relative(a, b): return ((a - b).norm() / b.norm()).item()
 
 
-def flat(saved): return torch.cat([v.flatten().double() for v in saved['loss'].values()])
+def moved(name, argv, saved):
+    """The way of all weights from where a run by argv started to its checkpoint."""
+    module, cfg = MODULES[name], config(name, *argv[:-1])
+    first = module.Loss(module.new_network(cfg), cfg, None).state_dict()
+    return torch.cat([(v.cpu().double() - first[k].double()).flatten() for k, v in saved['loss'].items()])
 
 
 @pytest.mark.skipif(not (HERE / '.ci').exists(), reason='needs .ci/fake_cuda.py')
-@pytest.mark.parametrize('name', [name if name in ('ict', 'fid') else pytest.param(name, marks=slow) for name in SCRIPTS])
-def test_on_a_fake_gpu_no_device_or_dtype_is_wrong_and_a_step_waits_once_at_most(name):
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[slow] * (name not in ('ict', 'fid'))) for name in SCRIPTS])
+def test_on_a_pretended_cuda_no_device_or_dtype_is_wrong_and_a_step_waits_once_at_most(name):
     """Training, sampling and fid.py on tensors that only pretend to be on cuda:0."""
     argv = [sys.executable, '.ci/fake_cuda.py', '--syncs', name]
     done = subprocess.run(argv, cwd=HERE, capture_output=True, text=True, timeout=600)
@@ -2732,7 +2748,8 @@ def test_gpu_step_is_that_of_the_cpu(name, arch, say):
 def test_gpu_trains_every_phase_in_every_precision(name, data, tmp_path, say):
     for amp in ('off', 'tf32', 'fp16', 'bf16'):
         saved = go(name, '--data', data, *TINY, *PHASES[name], '--steps', 12, '--amp', amp, '--out', tmp_path / amp)
-        say(f'{name}, {amp}: weights not finite after 12 steps of all phases', (~flat(saved).isfinite()).sum(), 0)
+        bad = sum((~v.isfinite()).sum().item() for v in saved['loss'].values())
+        say(f'{name}, {amp}: weights not finite after 12 steps of all phases', bad, 0)
 
 
 @needs_gpu
@@ -2748,7 +2765,8 @@ def test_gpu_resumes_where_it_stopped(name, data, tmp_path, monkeypatch, say):
     monkeypatch.setattr(MODULES[name], 'report', interrupted)
     with pytest.raises(SystemExit): go(name, *argv, tmp_path / 'parts')
     parts = go(name, *argv, tmp_path / 'parts')
-    say(f'{name}: weights of 5 + 4 steps against 9', relative(flat(parts), flat(whole)), 1e-3)
+    say(f'{name}: way of the weights in 5 + 4 steps against 9',
+        relative(moved(name, argv, parts), moved(name, argv, whole)), 1e-3)
 
 
 @needs_gpu
@@ -2758,14 +2776,14 @@ def test_gpu_run_is_that_of_micro_batches_of_two_gpus_and_compiled(name, data, t
     if torch.cuda.device_count() > 1:
         ways |= {'--gpus 2': [], 'torchrun': '-m torch.distributed.run --standalone --nproc-per-node 2'.split()}
     ways['--compile'] = []
-    one = flat(go(name, *argv, tmp_path / 'one'))
+    one = moved(name, argv, go(name, *argv, tmp_path / 'one'))
     for way, before in ways.items():
         after = way.split() if way.startswith('--') else []
         command = [sys.executable, *before, HERE / f'{name}.py', *argv, tmp_path / way, *after]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         saved = torch.load(tmp_path / way / 'latest.pt', weights_only=True, map_location='cpu')
-        say(f'{name} {way}: weights after 8 steps against one process', relative(flat(saved), one), 1e-3)
+        say(f'{name} {way}: way of the weights in 8 steps against one process', relative(moved(name, argv, saved), one), 1e-3)
     if '--gpus 2' not in ways: say(f'{name} --gpus 2 and torchrun: not tried, there are not two GPUs')
 
 
@@ -2789,32 +2807,32 @@ def test_gpu_tangent_is_torchs_own_and_that_of_the_cpu(say):
 @needs_gpu
 @pytest.mark.parametrize('network, batch', [('CIFAR-10', 64), ('CIFAR-10', 256), ('glyphs', 32)])
 def test_gpu_speed_memory_and_waiting(network, batch, tmp_path, monkeypatch, say):
-    """Steps 21 to 40 timed by the script; in 41 to 50 the spans of all kernels."""
+    """Steps 11 to 20 timed by the script; in 21 to 25 the spans of all kernels."""
     source = zipped(tmp_path / 'd.zip', pictures(512, 32)) if network == 'CIFAR-10' else 'glyphs'
-    argv = ['--data', source, '--batch', batch, '--warmup', 1, '--log_every', 10, '--out', tmp_path / 'run']
+    argv = ['--data', source, '--batch', batch, '--warmup', 1, '--log_every', 5, '--out', tmp_path / 'run']
     if GPU.type == 'cpu': argv += TINY[:8]
     kind = torch.profiler.ProfilerActivity
     trace = torch.profiler.profile(activities=[kind.CUDA if GPU.type == 'cuda' else kind.CPU])
-    report, rates, times = ect.report, [], []
+    report, rates, times = ect.report, {}, {}
 
     def watched(cfg, row, left):
         report(cfg, row, left)
-        rates.append(row['images_per_second'])
-        if row['step'] == 40: trace.start()
-        times.append(time.time())
-        if row['step'] == 50: trace.stop()
+        rates[row['step']] = row['images_per_second']
+        if row['step'] == 20: trace.start()
+        times[row['step']] = time.time()
+        if row['step'] == 25: trace.stop()
     monkeypatch.setattr(ect, 'report', watched)
     if GPU.type == 'cuda': torch.cuda.reset_peak_memory_stats()
-    try: go('ect', *argv, '--steps', 50)
+    try: go('ect', *argv, '--steps', 25)
     except torch.OutOfMemoryError: pytest.skip(f'the {network} network at batch {batch} does not fit this GPU')
     spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events()
                    if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)
     busy, last = 0, 0
     for start, end in spans: busy, last = busy + max(0, end - max(start, last)), max(end, last)
-    waits = 1 - busy / 1e6 / (times[4] - times[3])
+    waits = 1 - busy / 1e6 / (times[25] - times[20])
     memory = torch.cuda.max_memory_allocated() / 2**30 if GPU.type == 'cuda' else 0
     what = f'ect, {network} network, batch {batch}'
-    say(f'{what}: {np.mean(rates[2:4]):.0f} images/s in float32, {memory:.2f} GB')
+    say(f'{what}: {(rates[15] + rates[20]) / 2:.0f} images/s in float32, {memory:.2f} GB')
     if GPU.type == 'cuda': say(f'{what}: share of time the GPU waits', waits, 1 if network == 'glyphs' else 0.1)
 
 
@@ -3449,7 +3467,8 @@ def test_a_comparison_of_runs_leaves_table_contact_sheet_and_curves(small, capfd
         run_at.mkdir(parents=True)
         torch.save({}, run_at / 'latest.pt')
         np.savez(run_at / 'samples.npz', arr_0=pictures(40, 8, k))
-        rows = (f'{s},{"diffusion" if s < 5 else "stage 2"},{1 / s + k},{0 if s in (3, 8) else s},1e-3,9,0\n' for s in range(1, 9))
+        rows = (f'{s},{"diffusion" if s < 5 else "stage 2"},{1 / s + k},{0 if s in (3, 8) else s},1e-3,9,0\n'
+                for s in range(1, 9))
         (run_at / 'log.csv').write_text('step,phase,loss,grad_norm,lr,images_per_second,skipped\n' + ''.join(rows))
     fid.main('runs/ect runs/tcm/samples.npz --ref ref.npz'.split())             # a run folder stands for its samples
     out = capfd.readouterr().out.splitlines()
@@ -3530,6 +3549,20 @@ def test_the_comparison_in_the_readme_runs_at_a_toy_budget(classifier, tmp_path,
     tuned = passes['diffusion']
     assert {passes['ct'], passes['ict']} == {120} == {tuned + passes[m] for m in ('ect', 'sct', 'scm')}
     assert tuned + passes['tcm'] == pytest.approx(120, abs=4)
+    text = (HERE / 'README.md').read_text()
+    ablations = re.findall(r'`(\w+)\.py (--[^`]*)`', text[text.index('What the papers claim'):text.index('Two claims are')])
+    assert len(ablations) >= 9
+    for name, flags in ablations: config(name, *re.sub(r'\$(T|\(\(.*?\)\))', '100', flags).split())
+
+    snippet = re.search(r'python - << END\n(.*?)END\n', text, re.S)[1]
+    for before, after in (('in 0, 1, 2', 'in 0,'), ('12000', '120'), ('1800', '18'), ('24)', '2)'), ('4000', '40'),
+                          (" 'tcm-stage1',", '')):
+        assert before in snippet
+        snippet = snippet.replace(before, after)
+    capfd.readouterr()
+    exec(snippet, {})
+    figures = [float(line.split()[-1]) for line in capfd.readouterr().out.splitlines()]
+    assert len(figures) == 3 + 2 * 3 and min(figures) > 0
     assert last == ['fid.py', 'runs/*/*-[12]/*.npz', '--mean']
     found, _ = score(capfd, *sorted(Path().glob(last[1])), '--mean')
     assert [len(row['sure']) for row in found['models']] == [1] * 12

@@ -401,9 +401,6 @@ def build(base):
         if name == 'ect':
             add('init-pt', 'x.pt', content, init_target, checked=True)
             add('init-pt-inside', 'x.pt', content, init_target, small_inside)
-    legacy = io.BytesIO()
-    torch.save(torch.load(base / 'run-ect/latest.pt', weights_only=True), legacy, _use_new_zipfile_serialization=False)
-    add('init-pt-legacy', 'x.pt', legacy.getvalue(), init_target)
     edm = edm_pickle(ect)
     add('edm-pkl', 'x.pkl', edm, edm_target)
     spots = [m.start() for m in re.finditer(rb'\xad\xf5|\x80\x02|cls|_rebuild|_load_from|\x8c|\x94', edm)]
