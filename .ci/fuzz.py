@@ -218,6 +218,7 @@ def sha_state(saved):
 def data_target(path, m, extra=()):
     """The data, as the script sees it; where it is new, a step of training on it."""
     def go(first=None):
+        warnings.filterwarnings('ignore', module='PIL')     # as process() does
         images, notes = m.decode(Path(path).absolute(), 8)
         found = sha(images, None if notes['labels'] is None else torch.tensor(notes['labels']))
         if first is not None and found != first:
@@ -314,7 +315,7 @@ def judge(end, kind, first, missing, names, owned=False):
     lines = [l for l in end['err'].splitlines() if l.strip()]
     while len(lines) > 1 and lines[0].startswith('fid.py: ') and re.search('repeated to 3|bias|duplicates|JPEG|does not say|images, .*/s', lines[0]): lines.pop(0)
     while len(lines) > 1 and re.search(r'\d+ of \d+ images, .*/s', lines[0]): lines.pop(0)
-    while len(lines) > 1 and re.match(r'TIFF\w+: |LZW\w+: |tempfile.tif: ', lines[0]): lines.pop(0)
+    while len(lines) > 1 and re.match(r'_?TIFF\w+: |LZW\w+: |tempfile.tif: ', lines[0]): lines.pop(0)
     while len(lines) > 2 and 'DecompressionBombWarning' in lines[0]: del lines[:2]     # Pillow's, of huge pictures
     if owned: return 'code', 'it ran something'
     if end['code'] == -signal.SIGALRM: return 'hang', f'{TIME} s'
