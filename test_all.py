@@ -1187,7 +1187,7 @@ def test_forward_mode_is_torchs_own_in_float32_and_with_dropout():
 
 
 def test_the_tangent_leaves_compiled_code_alone():
-    """torch.compile cannot take forward mode: with torch 2.11 on a GPU it raised an error, with 2.14 it gives up late."""
+    """torch.compile cannot take forward mode: torch 2.11 raised an error on a GPU, 2.14 gives up late."""
     net, (x, z, t), graphs = random_net('scm'), scm_inputs(), []
     net.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
     net(x, t)
@@ -2783,7 +2783,8 @@ def test_gpu_run_is_that_of_micro_batches_of_two_gpus_and_compiled(name, data, t
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         saved = torch.load(tmp_path / way / 'latest.pt', weights_only=True, map_location='cpu')
-        say(f'{name} {way}: way of the weights in 8 steps against one process', relative(moved(name, argv, saved), one), 1e-3)
+        say(f'{name} {way}: way of the weights in 8 steps against one process',
+            relative(moved(name, argv, saved), one), 1e-3)
     if '--gpus 2' not in ways: say(f'{name} --gpus 2 and torchrun: not tried, there are not two GPUs')
 
 
@@ -3550,7 +3551,8 @@ def test_the_comparison_in_the_readme_runs_at_a_toy_budget(classifier, tmp_path,
     assert {passes['ct'], passes['ict']} == {120} == {tuned + passes[m] for m in ('ect', 'sct', 'scm')}
     assert tuned + passes['tcm'] == pytest.approx(120, abs=4)
     text = (HERE / 'README.md').read_text()
-    ablations = re.findall(r'`(\w+)\.py (--[^`]*)`', text[text.index('What the papers claim'):text.index('Two claims are')])
+    claims = text[text.index('What the papers claim'):text.index('Two claims are')]
+    ablations = re.findall(r'`(\w+)\.py (--[^`]*)`', claims)
     assert len(ablations) >= 9
     for name, flags in ablations: config(name, *re.sub(r'\$(T|\(\(.*?\)\))', '100', flags).split())
 
@@ -3559,9 +3561,10 @@ def test_the_comparison_in_the_readme_runs_at_a_toy_budget(classifier, tmp_path,
                           (" 'tcm-stage1',", '')):
         assert before in snippet
         snippet = snippet.replace(before, after)
-    capfd.readouterr()
-    exec(snippet, {})
-    figures = [float(line.split()[-1]) for line in capfd.readouterr().out.splitlines()]
+    done = subprocess.run([sys.executable, '-'], input=snippet, capture_output=True, text=True,
+                          env=os.environ | {'PYTHONPATH': str(HERE)})
+    assert done.returncode == 0, done.stderr
+    figures = [float(line.split()[-1]) for line in done.stdout.splitlines()]
     assert len(figures) == 3 + 2 * 3 and min(figures) > 0
     assert last == ['fid.py', 'runs/*/*-[12]/*.npz', '--mean']
     found, _ = score(capfd, *sorted(Path().glob(last[1])), '--mean')
