@@ -2490,6 +2490,19 @@ def test_slow_what_every_knob_takes_runs_or_ends_in_one_line(name, data, tmp_pat
     print(f'{name}: {ran} values ran')
 
 
+def test_pillows_warnings_about_readable_pictures_are_not_printed_by_any_thread(tmp_path):
+    """TIFFs whose width is given twice; the threads that decode warn whenever they like."""
+    for i, image in enumerate(pictures(600, 16)):
+        Image.fromarray(image).save(tmp_path / f'{i}.tif')
+        tiff = bytearray((tmp_path / f'{i}.tif').read_bytes())
+        at = int.from_bytes(tiff[4:8], 'little') + 2            # the first entry: tag 256, one number of 32 bits
+        tiff[at:at + 12] = struct.pack('<HHIHH', 256, 3, 2, 16, 16)
+        (tmp_path / f'{i}.tif').write_bytes(tiff)
+    with pytest.warns(UserWarning, match='tag 256 had too many entries'): Image.open(tmp_path / '0.tif').load()
+    done = run('ict', '--data', tmp_path, *TINY, '--steps', 1, '--out', tmp_path / 'run')
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 @pytest.mark.parametrize('labels', [[-1, 0], [0.5, 1], [None, 1], ['a', 'b'], [10**9, 0], [[0], [1]], [1]])
 def test_labels_that_are_no_classes_are_refused(labels, tmp_path, capfd):
     zipped(tmp_path / 'x.zip', pictures(2))
