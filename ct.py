@@ -1059,6 +1059,7 @@ def process(local, cfg):
         warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # to decode
     warnings.filterwarnings('ignore', module='PIL')     # reading() does not reach the threads that decode
+    logging.getLogger('PIL').setLevel(logging.CRITICAL)     # what we refuse is told in one line
     turn = (rank > 0) + (local > 0)     # files are made by the first process of all, then by the first of each machine
     try:
         for _ in range(turn): dist.barrier()

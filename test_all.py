@@ -2501,6 +2501,11 @@ def test_pillows_warnings_about_readable_pictures_are_not_printed_by_any_thread(
     with pytest.warns(UserWarning, match='tag 256 had too many entries'): Image.open(tmp_path / '0.tif').load()
     done = run('ict', '--data', tmp_path, *TINY, '--steps', 1, '--out', tmp_path / 'run')
     assert done.returncode == 0 and not done.stderr, done.stderr
+    at = tiff.index(struct.pack('<HHI', 277, 3, 1))             # samples per pixel, of which Pillow's logger speaks too
+    tiff[at:at + 12] = struct.pack('<HHIHH', 277, 3, 1, 100, 0)
+    (tmp_path / '7.tif').write_bytes(tiff)
+    done = run('ict', '--data', tmp_path, '--out', tmp_path / 'other')
+    assert done.returncode == 2 and re.fullmatch(r'.*7\.tif cannot be read.*\n', done.stderr), done.stderr
 
 
 @pytest.mark.parametrize('labels', [[-1, 0], [0.5, 1], [None, 1], ['a', 'b'], [10**9, 0], [[0], [1]], [1]])
