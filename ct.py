@@ -25,14 +25,17 @@ Sources: the paper, and its code openai/consistency_models (e32b69e; torch) and 
 - mu(k) = exp(s0 ln mu0 / (N(k) - 1)) as in both codes; the paper prints N(k) in place of N(k) - 1.
 - l1 and l2 are means over the image, as in the code; the paper writes sums.
 - LPIPS is the torch code's: VGG16 with average pooling, on (f + 1) / 2 at 224 x 224. The JAX code keeps max pooling.
-- Samples and edits are clamped to [-1, 1] after each evaluation, as in the torch code.
+- Samples and edits are clamped to [-1, 1] after each evaluation, as in the torch code. They are rounded to the nearest
+  of 256 levels, as in EDM's code; both of CT's cut off the fraction.
 - A second step's noise level for CIFAR-10 was not published; 0.821 is iCT's.
 - The ImageNet-64 recipe follows the paper's table (lr 8e-6; launch.sh: 1e-4) from random weights, with a DDPM++ for the
-  code's ADM network.
+  code's ADM network; its c_noise = 250 ln t is ln t / 4 here, as in the JAX code.
 - Distillation starts from its teacher's weights; N and mu are constant (knobs N and mu). On CIFAR-10 the teacher is
   EDM's NCSN++, the VE checkpoint (the paper: its own run of that); the second noise level is from the notebook. On
   ImageNet-64 it was an ADM network, which is not read here: TEACHER is the latest.pt of
-  ect.py --data imagenet64 --init none --arch ddpmpp --steps 400000 --warmup 400000.
+  ect.py --data imagenet64 --init none --arch ddpmpp --steps 400000 --warmup 400000 (51 million images; the code's
+  teacher was trained with batches of 4096).
+- A step that fp16 skips counts as one of k; in the torch code it does not.
 """
 import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile
 import time, warnings, zipfile
@@ -170,7 +173,7 @@ def sample(net, z, ts, labels=None, noise=None):
 CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]), or one value for all three
     steps=(         6500,         800_000,      800_000,      'optimiser steps K [Table 3]'),
     batch=(         32,           512,          2048,         'images per step over all processes [Table 3]'),
-    lr=(            1.5e-3,       4e-4,         8e-6,         'learning rate [Table 3]'),
+    lr=(            1.5e-3,       4e-4,         8e-6,         'learning rate [Table 3; CD with l1: 2e-4]'),
     opt=(           'RAdam',                                  'optimiser [Table 3]'),
     beta2=(         0.999,                                    'second moment decay, in [0, 1)'),
     anneal=(        1,            0,            0,            '1: lr falls linearly to 0'),
@@ -207,7 +210,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     log_every=(     50,           100,          100,          'steps between status lines'),
 )
 CHOICES = dict(metric=('lpips', 'l1', 'l2'), arch=('ddpmpp', 'ncsnpp'),
-               edit=('none', 'inpaint', 'colour', 'superres', 'interpolate'),
+               edit=('inpaint', 'colour', 'superres', 'interpolate'),
                opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'))
 
 # === From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (ect, sct, scm) ===
@@ -301,7 +304,7 @@ class Block(nn.Module):
         h = self.conv0(h) + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(silu(self.norm1(h))))
         x = (h + self.skip(x)) * 0.5**0.5
-        if self.heads:                  # explicit softmax: the fused kernels have no forward-mode derivative
+        if self.heads:                  # explicit softmax, as scm.py needs it: fused kernels have no forward mode
             B, C, H, W = x.shape
             q, k, v = self.qkv(self.norm2(x)).reshape(B * self.heads, C // self.heads, 3, H * W).unbind(2)
             w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)
@@ -310,7 +313,8 @@ class Block(nn.Module):
 
 
 class Residual(nn.Conv2d):
-    """NCSN++'s second input: the image, then this layer's own output, halved and added to the features."""
+    """NCSN++'s second input: the image, or what the layer of this kind above returned, brought to half the side and
+    added to the features."""
 
     def __init__(self, cin, cout, cfg):
         super().__init__(cin, cout, 3, padding=2)               # the filter has no padding of its own
@@ -867,6 +871,7 @@ def slerp(a, b, s):
 def edit_pictures(argv=None):
     """--edit: a picture of 20 images of the data, what is known of them, and the edits; or of 8 interpolations."""
     cfg = config(argv)
+    if cfg.edit == 'superres' and cfg.res % 8: stop(f'--edit superres takes sides that 8 divides, not {cfg.res}')
     saved = read_checkpoint(cfg.out) or stop(f'no checkpoint in {cfg.out}: train first, or name the run with --out')
     device = torch.device('cuda' if torch.cuda.is_available() and cfg.device == 'auto' else 'cpu')
     net = UNet(cfg).to(device).requires_grad_(False).eval()
@@ -941,7 +946,7 @@ def load_edm(path_or_url):
         def tensors(state):             # depth first, as in state_dict()
             for group in ('_parameters', '_buffers'):
                 yield from (v for name, v in state[group].items() if v is not None and name != 'resample_filter')
-            for name, module in state.pop('_modules').items():      # once each
+            for name, module in state.pop('_modules').items():      # popped: one module may be held twice
                 if name != 'map_augment': yield from tensors(module.args[0]['state'] if module.args else module.state)
 
         net.load_state_dict(dict(zip(net.state_dict(), tensors(meta['state']), strict=True)))
@@ -982,7 +987,8 @@ def numbers(text):
 
 
 def check(values, where=''):
-    """A knob or flag whose value has no meaning ends the program. What has one, the texts of the tables say."""
+    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100', 'in
+    [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
     for name, value in values.items():
         *table, meaning = {**FLAGS, **CONFIG}[name]
         low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
@@ -1045,19 +1051,19 @@ def config(argv=None):
 
 def process(local, cfg):
     """One process of a run: of torchrun, which sets LOCAL_RANK, RANK and WORLD_SIZE, or of --gpus."""
-    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent has the word
+    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent answers
     if 'LOCAL_RANK' not in os.environ: os.environ.update(RANK=str(local), WORLD_SIZE=str(cfg.gpus))
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     device = torch.device('cuda', local) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 it gains 1.5 there, and nothing elsewhere
+        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 1.5 times as fast, in tf32 and fp16 no gain
         torch.backends.cudnn.allow_tf32 = cfg.amp != 'off'
         torch.set_float32_matmul_precision('highest' if cfg.amp == 'off' else 'high')
     elif world > 1: torch.set_num_threads(max(1, os.cpu_count() // world))
     if world > 1:
         warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # to decode
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # decoding
     warnings.filterwarnings('ignore', module='PIL')     # reading() does not reach the threads that decode
     logging.getLogger('PIL').setLevel(logging.CRITICAL)     # what we refuse is told in one line
     turn = (rank > 0) + (local > 0)     # files are made by the first process of all, then by the first of each machine
@@ -1097,4 +1103,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    (edit_pictures if '--edit' in sys.argv else main)()
+    (edit_pictures if any(word.split('=')[0] == '--edit' for word in sys.argv) else main)()

@@ -9,13 +9,14 @@ Tunes a diffusion model into f(x_t, t) -> x_0, the end of the probability-flow O
 
     min E  w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),     x_t = x + t z,  x_r = x + r z,  r < t,
 
-with d the unsquared L2 norm over the whole image, and r approaching t in stages a = 1, 2, ...:
+with d the unsquared L2 norm over the whole image (pseudo-Huber where c > 0), w = 1/(t - r) or EDM's 1/c_out^2, and r
+approaching t in stages a = 1, 2, ...:
 r = max(0, t (1 - n(t) / q^a)), n(t) = 1 + k sigmoid(-b t). Where r = 0 the target is the image x itself.
 t is the standard deviation of the noise, in units of images in [-1, 1].
 
     python ect.py                                   # embedded digits: diffusion warm-up, then ECT, pictures
     python ect.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe, from EDM's checkpoint
-    python ect.py --data cifar10 --steps 200000     # the same in half the steps, 25,000 a stage
+    python ect.py --data cifar10 --steps 200000     # run_ecm.sh: half the steps, 25,000 a stage
     python ect.py --data cifar10 --q 256 --steps 8000 --ema 0.9993      # its one-hour recipe, one stage
     python ect.py --data imagenet64 --gpus 8        # its ImageNet-64 recipe, EDM2-S
     python ect.py --out runs/ect-cifar10 --sample 50000 --nfe 2 --save samples.npz
@@ -24,14 +25,15 @@ Sources: the paper, and its code locuslab/ect (main 4311059; branch imgnet 75aa8
 leave a choice or we differ:
 - The code's eval mode puts sigma - 0.003 for sigma in c_skip and c_out; its train mode and its ImageNet-64 branch
   do not. So do samples of CIFAR-10, for the published numbers; --shift 0 samples the function that was trained.
-- d is printed for 200k steps on CIFAR-10, an eighth of them, so that 1 - r/t ends at n/256; other lengths likewise.
+- d is published for 200k steps on CIFAR-10: an eighth of them, so that 1 - r/t ends at n/256. For other lengths we
+  take the same end.
 - On ImageNet-64 the code keeps four averages, decay 0.9999 (--ema_gamma 0) and power form of std 0.01, 0.05, 0.1; which
   one its FIDs took is not known. Ours is 0.05, as TCM's.
-- The code replaces NaN gradients by 0; we stop at the next status line, before anything is saved.
+- The code replaces NaN and infinite gradients; we stop at the next status line, before anything is saved.
 - Stage a counts from 1 at step 0, as in the paper; the code changes stages one step later.
-- EDM2's weights are normalised once before each step, not within its forward pass: the same weights in both
-  passes. Size M: --init datasets/edm2-img64-m-2147483-0.060.pkl --lr 9e-4 --dropout 0.5, and so on.
-- The diffusion warm-up for runs without a checkpoint is EDM's loss (r = 0): lengths and learning rates are ours.
+- EDM2's weights are normalised once before each step, not within its forward pass, to the same
+  effect. Size M: --init datasets/edm2-img64-m-2147483-0.060.pkl --lr 9e-4 --dropout 0.5, and so on.
+- The diffusion warm-up for runs without a checkpoint is EDM's loss: lengths and learning rates are ours.
 """
 import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile
 import time, warnings, zipfile
@@ -95,7 +97,7 @@ class Loss(nn.Module):
 
     def pair(self, x, labels, z, t, r, step):
         """Weighted distance of f(x_t, t) and its target at r -> (B,)."""
-        w = self.weight(t, r).to(x, non_blocking=True)          # from float64: t - r may be t / 1000
+        w = self.weight(t, r).to(x, non_blocking=True)          # from float64: t - r may be t / 500
         t, r = (v.to(x, non_blocking=True).view(-1, 1, 1, 1) for v in (t, r))
         x_t, x_r = x + t * z, x + r * z
         with torch.no_grad(), same_dropout(x):
@@ -164,16 +166,16 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     beta2=(         0.999,        0.999,        0.99,         'second moment decay, in [0, 1)'),
     t_ref=(         math.inf,     math.inf,     2000,         'lr / sqrt(max(step / t_ref, 1))'),
     anneal=(        1,            0,            0,            '1: lr falls linearly to 0 after the warm-up'),
-    ema=(           0.998,        0.9999,       0.9999,       'decay of the average, in [0, 1) [run_ecm.sh]'),
+    ema=(           0.998,        0.9999,       0.9999,       'decay of the average, in [0, 1) [ct_train.py]'),
     ema_gamma=(     0.0,          0.0,          16.97,        'decay (1 - 1/step)^(ema_gamma + 1), std 0.05; 0: ema'),
     clip=(          math.inf,                                 'gradient norm limit'),
     P_mean=(        0.0,          -1.1,         -0.8,         'ln t ~ N(P_mean, P_std^2) [loss.py]; may be negative'),
     P_std=(         1.3,          2.0,          1.6,          'its standard deviation'),
     q=(             2.0,          2.0,          4.0,          '1 - r/t is n(t) / q^a in stage a, q > 1 [loss.py]'),
     d=(             400,          0,            0,            'steps per stage; 0: 1 - r/t ends at n/256 [run_ecm.sh]'),
-    k=(             8.0,                                      'n(t) = 1 + k sigmoid(-b t) [loss.py]'),
+    k=(             8.0,                                      'n(t) = 1 + k sigmoid(-b t) [loss.py]; 0: n = 1'),
     b=(             1.0,                                      'rate in n(t) [loss.py]'),
-    c=(             0.03,         0.0,          0.06,         'pseudo-Huber constant; 0: the plain norm [run_ecm.sh]'),
+    c=(             0.03,         0.0,          0.06,         'pseudo-Huber constant; 0: the plain norm [ct_train.py]'),
     weight=(        '1/c_out^2',  '1/(t-r)',    '1/c_out^2',  'w(t, r); 1/c_out^2 = 1/t^2 + 1/sigma_d^2'),
     shift=(         0.0,          0.003,        0.0,          'samples: t - shift in c_skip and c_out [networks.py]'),
     ts=(            (20, 1),      (80, 0.821),  (80, 1.526),  'noise levels of the sampler, the first --nfe of them'),
@@ -189,7 +191,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     attn=(          (8,),         (16,),        (16, 8),      'resolutions with attention'),
     head_dim=(      0,            0,            64,           'channels per attention head; 0: one head'),
     dropout=(       0.0,          0.2,          0.4,          'dropout rate in [0, 1) [run_ecm.sh]'),
-    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout [run_imgnet_ecm.sh]'),
+    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout [ct_train.py]'),
     amp=(           'off',        'off',        'tf32',       'precision on a GPU; off: float32. On a CPU: off'),
     seed=(          0,                                        'of all random numbers; may be negative'),
     save_every=(    1000,         10_000,       5000,         'steps between checkpoints and sample grids'),
@@ -241,7 +243,7 @@ class Block(nn.Module):
         h = self.conv0(h) + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(silu(self.norm1(h))))
         x = (h + self.skip(x)) * 0.5**0.5
-        if self.heads:                  # explicit softmax: the fused kernels have no forward-mode derivative
+        if self.heads:                  # explicit softmax, as scm.py needs it: fused kernels have no forward mode
             B, C, H, W = x.shape
             q, k, v = self.qkv(self.norm2(x)).reshape(B * self.heads, C // self.heads, 3, H * W).unbind(2)
             w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)
@@ -906,7 +908,7 @@ def load_edm(path_or_url):
         def tensors(state):             # depth first, as in state_dict()
             for group in ('_parameters', '_buffers'):
                 yield from (v for name, v in state[group].items() if v is not None and name != 'resample_filter')
-            for name, module in state.pop('_modules').items():      # once each
+            for name, module in state.pop('_modules').items():      # popped: one module may be held twice
                 if name != 'map_augment': yield from tensors(module.args[0]['state'] if module.args else module.state)
 
         net.load_state_dict(dict(zip(net.state_dict(), tensors(meta['state']), strict=True)))
@@ -947,7 +949,8 @@ def numbers(text):
 
 
 def check(values, where=''):
-    """A knob or flag whose value has no meaning ends the program. What has one, the texts of the tables say."""
+    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100', 'in
+    [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
     for name, value in values.items():
         *table, meaning = {**FLAGS, **CONFIG}[name]
         low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
@@ -1010,19 +1013,19 @@ def config(argv=None):
 
 def process(local, cfg):
     """One process of a run: of torchrun, which sets LOCAL_RANK, RANK and WORLD_SIZE, or of --gpus."""
-    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent has the word
+    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent answers
     if 'LOCAL_RANK' not in os.environ: os.environ.update(RANK=str(local), WORLD_SIZE=str(cfg.gpus))
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     device = torch.device('cuda', local) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 it gains 1.5 there, and nothing elsewhere
+        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 1.5 times as fast, in tf32 and fp16 no gain
         torch.backends.cudnn.allow_tf32 = cfg.amp != 'off'
         torch.set_float32_matmul_precision('highest' if cfg.amp == 'off' else 'high')
     elif world > 1: torch.set_num_threads(max(1, os.cpu_count() // world))
     if world > 1:
         warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # to decode
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # decoding
     warnings.filterwarnings('ignore', module='PIL')     # reading() does not reach the threads that decode
     logging.getLogger('PIL').setLevel(logging.CRITICAL)     # what we refuse is told in one line
     turn = (rank > 0) + (local > 0)     # files are made by the first process of all, then by the first of each machine

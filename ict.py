@@ -19,11 +19,11 @@ t is the standard deviation of the noise, in units of images in [-1, 1]; eps = 0
     python ict.py --out runs/ict-cifar10 --sample 50000 --nfe 2 --save samples.npz
 
 Differs from ct.py only in: the target is the network itself with the same dropout mask, no average; d and w; the
-lognormal proposal; N doubles in stages; Fourier scale 0.02; dropout; learning rate, batch, EMA; no distillation, LPIPS
-or editing. There is no official code; where the paper's text was not at hand the source says so:
-- From second-hand copies of the paper: N(k), proposal, d, w, EMA, batch, RAdam's learning rate.
-- From memory: dropout 0.3 (ImageNet-64: 0.2, there on all resolutions, in the paper on those of 16 and below), flips,
-  the ImageNet-64 EMA and length.
+lognormal proposal; N doubles in stages; Fourier scale 0.02; dropout; steps, learning rate, batch, EMA, the second noise
+level; no distillation, LPIPS or editing. There is no official code, and the paper's text was not at hand:
+- From second-hand copies of it: N(k), proposal, d, w, shared masks, Fourier scale, the CIFAR-10 EMA.
+- From memory: learning rate, batch, length, the ImageNet-64 EMA, dropout 0.3 (ImageNet-64: 0.2, on resolutions of 16
+  and below), flips, iCT-deep's 8 blocks. From ECT's code: the second noise levels. From CT's: the sampler.
 - The ImageNet-64 network is a DDPM++, not the paper's ADM; that it runs in fp16 is CT's.
 """
 import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile
@@ -89,7 +89,7 @@ class Loss(nn.Module):
 
     def pair(self, x, labels, z, t, r, step):
         """Weighted distance of f(x_t, t) and its target at r -> (B,)."""
-        w = (1 / (t - r)).to(x, non_blocking=True)              # from float64: t - r may be t / 1000
+        w = (1 / (t - r)).to(x, non_blocking=True)              # from float64: t - r may be t / 200
         t, r = (v.to(x, non_blocking=True).view(-1, 1, 1, 1) for v in (t, r))
         x_t, x_r = x + t * z, x + r * z
         with torch.no_grad(), same_dropout(x): target = f(self.net, x_r, r, labels)
@@ -129,7 +129,7 @@ def same_dropout(x):
 @torch.no_grad()
 def sample(net, z, ts, labels=None, noise=None):
     """Standard normal z (B, 3, H, W) -> images in [-1, 1]: one network evaluation for each noise level in ts, the
-    variance t^2 - eps^2 added between them [Algorithm 1]."""
+    variance t^2 - eps^2 added between them [CT, Algorithm 1]."""
     x = f(net, ts[0] * z, torch.full((len(z),), ts[0]), labels).clamp(-1, 1)
     for i, t in enumerate(ts[1:]):
         x = x + max(t**2 - EPS**2, 0)**0.5 * (torch.randn_like(z) if noise is None else noise[i])
@@ -168,7 +168,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     attn=(          (8,),         (16,),        (32, 16, 8),  'resolutions with attention'),
     head_dim=(      0,            0,            64,           'channels per attention head; 0: one head'),
     dropout=(       0.0,          0.3,          0.2,          'dropout rate in [0, 1)'),
-    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout [paper]'),
+    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout'),
     amp=(           'off',        'off',        'fp16',       'precision on a GPU; off: float32. On a CPU: off'),
     seed=(          0,                                        'of all random numbers; may be negative'),
     save_every=(    1000,         10_000,       10_000,       'steps between checkpoints and sample grids'),
@@ -231,7 +231,7 @@ class Block(nn.Module):
         h = self.conv0(h) + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(silu(self.norm1(h))))
         x = (h + self.skip(x)) * 0.5**0.5
-        if self.heads:                  # explicit softmax: the fused kernels have no forward-mode derivative
+        if self.heads:                  # explicit softmax, as scm.py needs it: fused kernels have no forward mode
             B, C, H, W = x.shape
             q, k, v = self.qkv(self.norm2(x)).reshape(B * self.heads, C // self.heads, 3, H * W).unbind(2)
             w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)
@@ -240,7 +240,8 @@ class Block(nn.Module):
 
 
 class Residual(nn.Conv2d):
-    """NCSN++'s second input: the image, then this layer's own output, halved and added to the features."""
+    """NCSN++'s second input: the image, or what the layer of this kind above returned, brought to half the side and
+    added to the features."""
 
     def __init__(self, cin, cout, cfg):
         super().__init__(cin, cout, 3, padding=2)               # the filter has no padding of its own
@@ -794,7 +795,7 @@ def load_edm(path_or_url):
         def tensors(state):             # depth first, as in state_dict()
             for group in ('_parameters', '_buffers'):
                 yield from (v for name, v in state[group].items() if v is not None and name != 'resample_filter')
-            for name, module in state.pop('_modules').items():      # once each
+            for name, module in state.pop('_modules').items():      # popped: one module may be held twice
                 if name != 'map_augment': yield from tensors(module.args[0]['state'] if module.args else module.state)
 
         net.load_state_dict(dict(zip(net.state_dict(), tensors(meta['state']), strict=True)))
@@ -835,7 +836,8 @@ def numbers(text):
 
 
 def check(values, where=''):
-    """A knob or flag whose value has no meaning ends the program. What has one, the texts of the tables say."""
+    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100', 'in
+    [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
     for name, value in values.items():
         *table, meaning = {**FLAGS, **CONFIG}[name]
         low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
@@ -898,19 +900,19 @@ def config(argv=None):
 
 def process(local, cfg):
     """One process of a run: of torchrun, which sets LOCAL_RANK, RANK and WORLD_SIZE, or of --gpus."""
-    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent has the word
+    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent answers
     if 'LOCAL_RANK' not in os.environ: os.environ.update(RANK=str(local), WORLD_SIZE=str(cfg.gpus))
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     device = torch.device('cuda', local) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 it gains 1.5 there, and nothing elsewhere
+        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 1.5 times as fast, in tf32 and fp16 no gain
         torch.backends.cudnn.allow_tf32 = cfg.amp != 'off'
         torch.set_float32_matmul_precision('highest' if cfg.amp == 'off' else 'high')
     elif world > 1: torch.set_num_threads(max(1, os.cpu_count() // world))
     if world > 1:
         warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # to decode
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # decoding
     warnings.filterwarnings('ignore', module='PIL')     # reading() does not reach the threads that decode
     logging.getLogger('PIL').setLevel(logging.CRITICAL)     # what we refuse is told in one line
     turn = (rank > 0) + (local > 0)     # files are made by the first process of all, then by the first of each machine

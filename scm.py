@@ -11,7 +11,7 @@ Trains f(x_t, t) = cos(t) x_t - sin(t) sigma_d F(x_t / sigma_d, t) -> x_0, where
     min E  exp(w(t)) / D |F - F_- - g / (|g| + c)|^2 - w(t),         F_- = stopgrad F, D values in an image,
     g = -cos(t)^2 (sigma_d F_- - dx_t/dt) - r (cos(t) sin(t) x_t + sigma_d cos(t) sin(t) dF_-/dt).
 
-g is cos(t) df/dt along the trajectory (r rises to 1 in H steps), so the target moves f against its own drift in time.
+r rises to 1 in H steps; g is then cos(t) df/dt along the trajectory, so the target moves f against its own drift.
 dx_t/dt = cos(t) sigma_d z - sin(t) x in training (sCT), sigma_d F_teacher(x_t / sigma_d, t) in distillation (sCD).
 w is a learnt function of t. t is an angle in [0, pi/2] (TrigFlow): sigma_d tan(t) is the standard
 deviation of the noise, in units of images in [-1, 1].
@@ -19,16 +19,18 @@ deviation of the noise, in units of images in [-1, 1].
     python scm.py                                   # embedded digits: diffusion warm-up, then sCT, pictures
     python scm.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe; --scd 1 --dropout 0: sCD
     python scm.py --data imagenet64 --gpus 8        # the paper's ImageNet-64 recipe, size S
-    python scm.py --data cifar10 --teacher datasets/edm-cifar10-32x32-uncond-vp.pkl --dropout 0     # sCD of EDM's
+    python scm.py --data cifar10 --teacher edm-cifar10-32x32-uncond-vp.pkl --dropout 0 --steps 400000   # sCD of EDM's
     python scm.py --out runs/scm-cifar10 --sample 50000 --nfe 2 --save samples.npz
     python scm.py --out runs/scm-cifar10 --sample 50000 --heun 18       # of the diffusion model, 35 evaluations
 
 Differs from ect.py only in: TrigFlow; the objective; the network's double normalisation and time t; the recipe; a
 sampler of the diffusion model. Source: the paper, version 2, Algorithm 1 and appendices. There is no official code.
 Where they leave a choice or we differ:
-- |g| is the plain norm over the image; --tangent rms divides it by sqrt(D), --tangent clip bounds each value instead.
+- g is bounded, as in Algorithm 1; 4.2 speaks of df/dt. |g| is the plain norm over the image; --tangent rms divides it
+  by sqrt(D), --tangent clip bounds each value instead.
 - The weight 1 / (sigma_d tan t) of the text is already in g's factor cos(t), as in Algorithm 1: not applied again.
-- w is a linear layer on 128 positional features of t, zero at the start of each stage, as in EDM2.
+- w is learnt as in EDM2; a linear layer on 128 positional features of t, zero at the start of each stage, is ours. The
+  warm-up minimises E exp(w(t)) / D |sigma_d F - dx_t/dt|^2 - w(t), on CIFAR-10 too, where EDM has w = 0.
 - On CIFAR-10 the length of the second stage and the levels of the first are not printed: a reproduction's 400,000
   steps, EDM's levels.
 - The warm-ups are those of EDM and EDM2 (Adam, ramp of the learning rate), on CIFAR-10 without EDM's augmentation (0.12
@@ -37,10 +39,11 @@ Where they leave a choice or we differ:
 - g is computed in float32 (TF32 unless --amp off) whatever --amp: in bf16 it would be some per cent off. So fp16, the
   paper's on ImageNet-64, is that of the warm-up; TF32 has as many bits. --amp off is safest.
 - --arch ddpmpp and edm2 are EDM's and EDM2's networks through the exact map t = arctan(sigma / sigma_d), F = -F_EDM,
-  which takes their weights and ect.py's. FID 3.2 in one step has been reported for ddpmpp by others; edm2's features of
-  t are so fast that training has been called unstable. --arch scm-edm2 is the paper's: positional features of t, double
-  normalisation in EDM2's norm (1e-4 outside the root; the paper prints 1e-8 within), teacher from scratch. Its weights
-  are normalised before each step of both stages; a reproduction suspends that in the second.
+  which takes their weights and ect.py's, by path or URL. FID 3.2 in one step has been reported for ddpmpp by others;
+  edm2's features of t are so fast that training has been called unstable. --arch scm-edm2 is the paper's: positional
+  features of t, double normalisation in EDM2's norm (1e-4 outside the root; the pixel norm that the paper cites has
+  1e-8 within), teacher from scratch; 293.9 million weights at size S, where the paper prints EDM2's 280.2. They are
+  normalised before each step of both stages; a reproduction suspends that in the second.
 """
 import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile
 import time, warnings, zipfile
@@ -126,14 +129,14 @@ class Loss(nn.Module):
         """F with its graph, and g before it is bounded: x, z (B, 3, H, W), t (B,) -> both like x.
 
         One forward pass of dual numbers gives F and J = sigma_d cos(t) sin(t) dF/dt. The factors enter with the
-        tangents, before any rounding: dF/dt alone grows without bound towards t = 0 and pi/2 [5.1]."""
+        tangents: dF/dt alone may overflow in inner layers near t = 0 and pi/2 [5.1]."""
         cos, sin, x_t, dx = path(x, z, t)
         t = t.to(x, non_blocking=True)
         with torch.autocast(x.device.type, enabled=False):
             if self.distils:
                 with torch.no_grad(): dx = SD * F(self.teacher, x_t, t, labels)
             speed = SD * cos * sin
-            with fwd.dual_level(), ForwardMode(), torch.compiler.set_stance('force_eager'):     # --compile cannot
+            with fwd.dual_level(), ForwardMode(), torch.compiler.set_stance('force_eager'):     # is not compiled
                 dual = F(self.net, fwd.make_dual(x_t, speed * dx), fwd.make_dual(t, speed.flatten()), labels)
                 out, J = fwd.unpack_dual(dual)
         J = 0 if J is None else J.detach()
@@ -143,13 +146,13 @@ class Loss(nn.Module):
 
     def phase(self, step):
         """-> name, first step, learning rate, images per step"""
-        cfg = self.cfg
-        if step < cfg.warmup:
-            ramp = min(step * cfg.batch / cfg.ramp, 1) if cfg.ramp else 1
-            return 'diffusion', 0, ramp * cfg.lr_warmup / max(step / cfg.t_ref, 1)**0.5, cfg.batch
-        lr = cfg.lr / max((step - cfg.warmup) / cfg.t_ref, 1)**0.5
-        if cfg.anneal: lr *= (cfg.steps - step) / (cfg.steps - cfg.warmup)
-        return 'scd' if self.distils else 'sct', cfg.warmup, lr, cfg.batch
+        cfg, warmup = self.cfg, step < self.cfg.warmup
+        name, first = ('diffusion', 0) if warmup else ('scd' if self.distils else 'sct', cfg.warmup)
+        lr, ramp = (cfg.lr_warmup, cfg.ramp_warmup) if warmup else (cfg.lr, cfg.ramp)
+        lr /= max((step - first) / cfg.t_ref, 1)**0.5
+        if ramp: lr *= min((step - first) * cfg.batch / ramp, 1)
+        if cfg.anneal and not warmup: lr *= (cfg.steps - step) / (cfg.steps - cfg.warmup)
+        return name, first, lr, cfg.batch
 
     def optimiser(self, weights, step):
         """A new one, as a phase begins; its learning rate is set in each step."""
@@ -212,12 +215,13 @@ def heun(net, z, t_max, n, labels=None):
 # ------------------------------------------------------------------------------------------------------ recipe
 
 CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]), or one value for all three
-    steps=(         5050,         800_000,      1_448_576,    'optimiser steps in all: warm-up and 400k [Table 5]'),
+    steps=(         5050,         800_000,      1_448_576,    'optimiser steps in all: warm-up and 400k [Table 4]'),
     warmup=(        2600,         400_000,      1_048_576,    'of these, diffusion [G.1, Table 4]; 0: none, --init'),
     batch=(         32,           512,          2048,         'images per step over all processes [G.1, Table 4]'),
-    lr=(            5e-4,         1e-4,         1e-4,         'learning rate [G.2, Table 5]'),
+    lr=(            5e-4,         1e-4,         1e-4,         'learning rate [G.2, Table 4]'),
     lr_warmup=(     2e-3,         1e-3,         1e-2,         'learning rate of the warm-up [G.1, Table 4]'),
-    ramp=(          0,            10_000_000,   10_000_000,   'images in which it rises [EDM, EDM2]; 0: at once'),
+    ramp=(          0,            0,            10_000_000,   'images in which lr rises [G.2: as EDM2]; 0: at once'),
+    ramp_warmup=(   0,            10_000_000,   10_000_000,   'the same of the warm-up [EDM, EDM2]; 0: at once'),
     opt=(           'RAdam',      'RAdam',      'Adam',       'optimiser [G.2]'),
     opt_warmup=(    'RAdam',      'Adam',       'Adam',       'optimiser of the warm-up [G.1]'),
     beta2=(         0.99,                                     'second moment decay, in [0, 1) [G.2]'),
@@ -225,23 +229,23 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     eps=(           1e-8,         1e-8,         1e-11,        'epsilon of both optimisers [G.1, G.2]'),
     t_ref=(         math.inf,     math.inf,     35_000,       'lr / sqrt(max(step / t_ref, 1)), both stages [Table 4]'),
     anneal=(        1,            0,            0,            '1: lr falls linearly to 0 after the warm-up'),
-    ema=(           0.998,        0.99929,      0.99929,      'decay of the average, in [0, 1) [G.2: 0.5 M images]'),
+    ema=(           0.998,        0.99929,      0.99717,      'decay of the average, in [0, 1) [G.2: 0.5 M images]'),
     ema_gamma=(     0.0,          0.0,          16.97,        'decay (1 - 1/step)^(ema_gamma + 1), std 0.05; 0: ema'),
     ema_gamma_warmup=(0.0,        0.0,          10.289,       'the same of the warm-up, std 0.075 [Table 4]'),
     clip=(          math.inf,                                 'gradient norm limit'),
-    P_mean=(        -1.0,                                     'of ln(sigma_d tan t) [G.2, Table 5]; may be negative'),
+    P_mean=(        -1.0,                                     'of ln(sigma_d tan t) [G.2, Table 4]; may be negative'),
     P_std=(         1.4,          1.4,          1.6,          'its standard deviation'),
     P_mean_warmup=( -1.2,         -1.2,         -0.8,         'of the warm-up [EDM; Table 4]; may be negative'),
     P_std_warmup=(  1.2,          1.2,          1.6,          'its standard deviation'),
     H=(             300,          10_000,       10_000,       'steps in which the second half of g enters [G.2]'),
-    c=(             0.1,                                      'g / (|g| + c) [4.2]'),
+    c=(             0.1,                                      'g / (|g| + c) [Algorithm 1]'),
     tangent=(       'l2',                                     'g is bounded by its norm, its rms, or value by value'),
     adaptive=(      1,                                        '0: w(t) = 0'),
     scd=(           0,                                        '1: distil the diffusion model (sCD), 0: sCT'),
-    teacher=(       'none',                                   'sCD of this model, a checkpoint or EDM .pkl'),
-    heun=(          0,                                        'diffusion samples in N steps of DPM-Solver; 0: of f'),
-    ts=(            (1.5458015, 1.1), (1.5645464, 1.1), (1.5645464, 1.1), 'times of the sampler [4.1]'),
-    init=(          'none',                                   'none, a checkpoint of ours, or EDM .pkl (path, URL)'),
+    teacher=(       'none',                                   'sCD of this model: a checkpoint or .pkl, as --init'),
+    heun=(          0,                                        'diffusion samples in N steps of DPM-Solver; 0: no'),
+    ts=(            (1.5458015, 1.1), (1.5645464, 1.1), (1.5645464, 1.1), 'times of the sampler [5.2, G.2]'),
+    init=(          'none',                                   'none, our checkpoint, EDM, EDM2, ECT, TCM .pkl'),
     res=(           16,           32,           64,           'image side'),
     flip=(          0,                                        '1: random horizontal flips'),
     cond=(          0,            0,            1,            '1: class-conditional'),
@@ -252,9 +256,9 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     blocks=(        1,            4,            3,            'residual blocks per resolution, < 100'),
     attn=(          (8,),         (16,),        (16, 8),      'resolutions with attention'),
     head_dim=(      0,            0,            64,           'channels per attention head; 0: one head'),
-    dropout=(       0.0,          0.2,          0.45,         'dropout rate in [0, 1) of sCT [Table 5; sCD: 0]'),
-    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout [Table 4]'),
-    dropout_warmup=(0.0,          0.13,         0.0,          'dropout rate in [0, 1) of the warm-up [Table 4]'),
+    dropout=(       0.0,          0.2,          0.45,         'dropout rate in [0, 1) of sCT [G.2, Table 4; sCD: 0]'),
+    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout, both stages [Table 4]'),
+    dropout_warmup=(0.0,          0.13,         0.0,          'dropout rate in [0, 1) of the warm-up [G.1, Table 4]'),
     amp=(           'off',        'off',        'fp16',       'precision on a GPU; off: float32. On a CPU: off'),
     seed=(          0,                                        'of all random numbers; may be negative'),
     save_every=(    1000,         10_000,       5000,         'steps between checkpoints and sample grids'),
@@ -307,7 +311,7 @@ class Block(nn.Module):
         if self.turn == 'down': h, x = avg_pool2d(h, 2), avg_pool2d(x, 2)
         if self.turn == 'up': h, x = interpolate(h, scale_factor=2), interpolate(x, scale_factor=2)
         h, a = self.conv0(h), self.affine(e)[:, :, None, None]
-        if self.double_norm:            # scale and shift of length 1 per channel, on average
+        if self.double_norm:            # scale and shift of mean square 1 over the channels
             scale, shift = (v / (v.square().mean(1, keepdim=True) + 1e-8).sqrt() for v in a.chunk(2, 1))
             h = self.norm1(h) * scale + shift
         else: h = self.norm1(h + a)
@@ -1019,7 +1023,7 @@ def load_edm(path_or_url):
         def tensors(state):             # depth first, as in state_dict()
             for group in ('_parameters', '_buffers'):
                 yield from (v for name, v in state[group].items() if v is not None and name != 'resample_filter')
-            for name, module in state.pop('_modules').items():      # once each
+            for name, module in state.pop('_modules').items():      # popped: one module may be held twice
                 if name != 'map_augment': yield from tensors(module.args[0]['state'] if module.args else module.state)
 
         net.load_state_dict(dict(zip(net.state_dict(), tensors(meta['state']), strict=True)))
@@ -1060,7 +1064,8 @@ def numbers(text):
 
 
 def check(values, where=''):
-    """A knob or flag whose value has no meaning ends the program. What has one, the texts of the tables say."""
+    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100', 'in
+    [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
     for name, value in values.items():
         *table, meaning = {**FLAGS, **CONFIG}[name]
         low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
@@ -1123,19 +1128,19 @@ def config(argv=None):
 
 def process(local, cfg):
     """One process of a run: of torchrun, which sets LOCAL_RANK, RANK and WORLD_SIZE, or of --gpus."""
-    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent has the word
+    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent answers
     if 'LOCAL_RANK' not in os.environ: os.environ.update(RANK=str(local), WORLD_SIZE=str(cfg.gpus))
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     device = torch.device('cuda', local) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 it gains 1.5 there, and nothing elsewhere
+        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 1.5 times as fast, in tf32 and fp16 no gain
         torch.backends.cudnn.allow_tf32 = cfg.amp != 'off'
         torch.set_float32_matmul_precision('highest' if cfg.amp == 'off' else 'high')
     elif world > 1: torch.set_num_threads(max(1, os.cpu_count() // world))
     if world > 1:
         warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # to decode
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # decoding
     warnings.filterwarnings('ignore', module='PIL')     # reading() does not reach the threads that decode
     logging.getLogger('PIL').setLevel(logging.CRITICAL)     # what we refuse is told in one line
     turn = (rank > 0) + (local > 0)     # files are made by the first process of all, then by the first of each machine

@@ -11,9 +11,9 @@ Tunes a diffusion model into f(x_t, t) -> x_0, the end of the probability-flow O
 
 where ECT has x for m. Here m is the mean of x given x_t over reference images y_1, ..., y_n, one of which is x:
 
-    m = sum_i w_i y_i,     w_i = softmax_i( -|x_t - y_i|^2 / 2 t^2 ).
+    m = sum_i w_i y_i,     w_i = softmax_i( -|x_t - y_i|^2 / (2 t^2) ).
 
-Given x_t and the set, w_i is the probability that x_t was made from y_i. So m has x's conditional mean for every n, and
+Given x_t and the set, w_i is the probability that x_t was made from y_i. So E[m | x_t] = E[x | x_t] for every n, with
 less variance; n = 1 is ECT. d is the unsquared L2 norm over the whole image, and r approaches t in stages a = 1, 2,
 ...: r = max(0, t (1 - n(t) / q^a)), n(t) = 1 + k sigmoid(-b t). t is the standard deviation of the noise, in units of
 images in [-1, 1].
@@ -26,13 +26,14 @@ images in [-1, 1].
 
 Differs from ect.py only in: m, a schedule to choose, segments of t, guidance by the network's own earlier average.
 There is no official code, and the paper's equations were not at hand. From its abstract, captions, reviews: the four
-ideas, and that all images are the best references. From ECT's code: what the knobs cite. Derived: m, the segments (as
-in multistep consistency models). Our choices:
+ideas, and that all images are the best references. From ECT's code: what the knobs cite. Derived: m (weights of
+Stable Target Field, Xu et al. 2023), the segments (as in multistep consistency models). Our choices:
 - References: all images, if conditional those of x's class; for the digits the step's batch (--refs). They stay uint8,
   5000 at once become float32: 0.3 GB a process at 32 x 32; on ImageNet-64, class by class, 0.2 GB, beside the 16 GB of
   the data set, which go to the GPU if a third of its free memory holds them. Where r = 0 the target is m.
-- The schedule, w, d, c, EMA, network and evaluation are ECT's (ect.py). What makes the paper's schedule smoother is
-  unknown; --smooth 1 is ECT's with the real exponent 1 + step / d, equal to it where a stage begins.
+- The target from the same weights (a summary of the paper says their average), levels, schedule, w, d, c, recipe,
+  network and evaluation are ECT's (ect.py). What makes the paper's schedule smoother is unknown; --smooth 1 is ECT's
+  with the real exponent 1 + step / d, equal to it where a stage begins; it ends at n / (256 q).
 - In phased training r stays at or above the lower edge s of t's segment and (s/t) x_t + (1 - s/t) f is trained.
   The sampler steps past each edge, to eta times it, along the same line; the paper's edges and eta are unknown.
 - Guidance: f_weak + w (f - f_weak), f_weak the average weights at half the training; the paper's w is unknown.
@@ -69,7 +70,7 @@ def f(net, x, t, labels=None, s=0, shift=0):
     c_in = 1 / (t**2 + SD**2).sqrt()
     c_noise = t.flatten().log() / 4
     x_0 = c_skip * x + c_out * net(c_in * x, c_noise, labels)
-    ratio = s / t.clamp(min=1e-9)       # f(x, 0) = x needs no division
+    ratio = s / t.clamp(min=1e-9)       # 0 at t = 0, not 0 / 0
     return ratio * x + (1 - ratio) * x_0
 
 
@@ -114,7 +115,7 @@ class Loss(nn.Module):
 
     def pair(self, x, labels, z, t, r, step):
         """Weighted distance of f(x_t, t) and its target at r -> (B,)."""
-        w = self.weight(t, r).to(x, non_blocking=True)          # from float64: t - r may be t / 1000
+        w = self.weight(t, r).to(x, non_blocking=True)          # from float64: t - r may be t / 500
         t, r, s = (v.to(x, non_blocking=True).view(-1, 1, 1, 1) for v in (t, r, self.edge(t)))
         x_t = x + t * z
         m = x if self.cfg.refs == 1 else self.mean(x, x_t, labels, t, step)
@@ -129,7 +130,7 @@ class Loss(nn.Module):
         """m of each sample, like x, from the references of its class."""
         cfg, m = self.cfg, torch.empty_like(x)
         whole = not cfg.micro and not dist.is_initialized()     # x is the step's whole batch
-        y = labels.cpu() if cfg.cond else torch.zeros(len(x), dtype=torch.int64)       # waits for the GPU, once a step
+        y = labels.cpu() if cfg.cond else torch.zeros(len(x), dtype=torch.int64)       # waits for the GPU
         for c in y.unique().tolist():
             own = (y == c).nonzero().squeeze(1).to(x.device, non_blocking=True)
             chunks = [x[own]] if whole and not cfg.refs else self.references(c, step, x.device)
@@ -238,7 +239,7 @@ class Guided(nn.Module):
 def sample(net, z, ts, labels=None, noise=None, edges=(), eta=1.0, shift=0):
     """Standard normal z (B, 3, H, W) -> images in about [-1, 1]: one network evaluation for each noise level in ts.
     With edges, of a phased network: one for each segment below ts[0], without noise, stopping at eta times an edge."""
-    if edges: ts = [ts[0]] + [eta * s for s in reversed(edges)]
+    if edges: ts = [ts[0]] + [eta * s for s in reversed(edges) if s < ts[0]]
     x = ts[0] * z
     for i, t in enumerate(ts):
         x_0 = f(net, x, torch.full((len(z),), t), labels, shift=shift)
@@ -261,12 +262,12 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     beta2=(         0.999,        0.999,        0.99,         'second moment decay, in [0, 1)'),
     t_ref=(         math.inf,     math.inf,     2000,         'lr / sqrt(max(step / t_ref, 1))'),
     anneal=(        1,            0,            0,            '1: lr falls linearly to 0 after the warm-up'),
-    ema=(           0.998,        0.9999,       0.9999,       'decay of the average, in [0, 1) [run_ecm.sh]'),
+    ema=(           0.998,        0.9999,       0.9999,       'decay of the average, in [0, 1) [ct_train.py]'),
     ema_gamma=(     0.0,          0.0,          16.97,        'decay (1 - 1/step)^(ema_gamma + 1), std 0.05; 0: ema'),
     clip=(          math.inf,                                 'gradient norm limit'),
     P_mean=(        0.0,          -1.1,         -0.8,         'ln t ~ N(P_mean, P_std^2) [loss.py]; may be negative'),
     P_std=(         1.3,          2.0,          1.6,          'its standard deviation'),
-    refs=(          0.0,          math.inf,     math.inf,     'references per class; 0: the batch; 1: x alone, ECT'),
+    refs=(          0.0,          math.inf,     math.inf,     'references per class; inf: all; 0: the batch; 1: ECT'),
     smooth=(        0,                                        "1: r approaches t continuously; 0: in ECT's stages"),
     edges=(         (),                                       'phased: inner edges of the segments of t, as 0.5,2,6'),
     eta=(           1.0,                                      'phased: samples step to eta times each edge'),
@@ -274,9 +275,9 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     guidance=(      1.0,                                      'w: samples of f_weak + w (f - f_weak)'),
     q=(             2.0,          2.0,          4.0,          '1 - r/t is n(t) / q^a in stage a, q > 1 [loss.py]'),
     d=(             400,          0,            0,            'steps per stage; 0: 1 - r/t ends at n/256 [run_ecm.sh]'),
-    k=(             8.0,                                      'n(t) = 1 + k sigmoid(-b t) [loss.py]'),
+    k=(             8.0,                                      'n(t) = 1 + k sigmoid(-b t) [loss.py]; 0: n = 1'),
     b=(             1.0,                                      'rate in n(t) [loss.py]'),
-    c=(             0.03,         0.0,          0.06,         'pseudo-Huber constant; 0: the plain norm [run_ecm.sh]'),
+    c=(             0.03,         0.0,          0.06,         'pseudo-Huber constant; 0: the plain norm [ct_train.py]'),
     weight=(        '1/c_out^2',  '1/(t-r)',    '1/c_out^2',  'w(t, r); 1/c_out^2 = 1/t^2 + 1/sigma_d^2'),
     shift=(         0.0,          0.003,        0.0,          'samples: t - shift in c_skip and c_out [networks.py]'),
     ts=(            (20, 1),      (80, 0.821),  (80, 1.526),  'noise levels of the sampler, the first --nfe of them'),
@@ -292,7 +293,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     attn=(          (8,),         (16,),        (16, 8),      'resolutions with attention'),
     head_dim=(      0,            0,            64,           'channels per attention head; 0: one head'),
     dropout=(       0.0,          0.2,          0.4,          'dropout rate in [0, 1) [run_ecm.sh]'),
-    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout [ECT]'),
+    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout [ct_train.py]'),
     amp=(           'off',        'off',        'tf32',       'precision on a GPU; off: float32. On a CPU: off'),
     seed=(          0,                                        'of all random numbers; may be negative'),
     save_every=(    1000,         10_000,       5000,         'steps between checkpoints and sample grids'),
@@ -344,7 +345,7 @@ class Block(nn.Module):
         h = self.conv0(h) + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(silu(self.norm1(h))))
         x = (h + self.skip(x)) * 0.5**0.5
-        if self.heads:                  # explicit softmax: the fused kernels have no forward-mode derivative
+        if self.heads:                  # explicit softmax, as scm.py needs it: fused kernels have no forward mode
             B, C, H, W = x.shape
             q, k, v = self.qkv(self.norm2(x)).reshape(B * self.heads, C // self.heads, 3, H * W).unbind(2)
             w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)
@@ -1015,7 +1016,7 @@ def load_edm(path_or_url):
         def tensors(state):             # depth first, as in state_dict()
             for group in ('_parameters', '_buffers'):
                 yield from (v for name, v in state[group].items() if v is not None and name != 'resample_filter')
-            for name, module in state.pop('_modules').items():      # once each
+            for name, module in state.pop('_modules').items():      # popped: one module may be held twice
                 if name != 'map_augment': yield from tensors(module.args[0]['state'] if module.args else module.state)
 
         net.load_state_dict(dict(zip(net.state_dict(), tensors(meta['state']), strict=True)))
@@ -1056,7 +1057,8 @@ def numbers(text):
 
 
 def check(values, where=''):
-    """A knob or flag whose value has no meaning ends the program. What has one, the texts of the tables say."""
+    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100', 'in
+    [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
     for name, value in values.items():
         *table, meaning = {**FLAGS, **CONFIG}[name]
         low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
@@ -1119,19 +1121,19 @@ def config(argv=None):
 
 def process(local, cfg):
     """One process of a run: of torchrun, which sets LOCAL_RANK, RANK and WORLD_SIZE, or of --gpus."""
-    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent has the word
+    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent answers
     if 'LOCAL_RANK' not in os.environ: os.environ.update(RANK=str(local), WORLD_SIZE=str(cfg.gpus))
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     device = torch.device('cuda', local) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 it gains 1.5 there, and nothing elsewhere
+        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 1.5 times as fast, in tf32 and fp16 no gain
         torch.backends.cudnn.allow_tf32 = cfg.amp != 'off'
         torch.set_float32_matmul_precision('highest' if cfg.amp == 'off' else 'high')
     elif world > 1: torch.set_num_threads(max(1, os.cpu_count() // world))
     if world > 1:
         warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # to decode
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # decoding
     warnings.filterwarnings('ignore', module='PIL')     # reading() does not reach the threads that decode
     logging.getLogger('PIL').setLevel(logging.CRITICAL)     # what we refuse is told in one line
     turn = (rank > 0) + (local > 0)     # files are made by the first process of all, then by the first of each machine

@@ -11,28 +11,30 @@ Stage 1 is ECT (ect.py). Stage 2 trains f(x_t, t) only on the truncated range t 
 
 where f(x_r, r) is the frozen stage-1 network f_1 wherever r < t', so that the student need not learn to denoise there.
 x_t = x + t z, x_r = x + r z; d is the L2 norm over the image, smoothed by c (pseudo-Huber). r = t - t (1 - ratio) n(t),
-n(t) = 1 + k sigmoid(-b t), ratio = min(1 - q^-a, ratio_limit) in the a-th period of d steps, counted over both stages.
-t is the standard deviation of the noise, in units of images in [-1, 1].
+n(t) = 1 + k sigmoid(-b t), ratio = min(1 - q^-a, ratio_limit) in the a-th period (of --d steps), counted over both
+stages. t is the standard deviation of the noise, in units of images in [-1, 1].
 
     python tcm.py                                   # embedded digits: diffusion warm-up, both stages, pictures
     python tcm.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe, from EDM's checkpoint
     python tcm.py --data imagenet64 --gpus 8        # its ImageNet-64 recipe, from EDM2's
-    python tcm.py --data cifar10 --init STAGE1 --stage1 0 --before 250000       # stage 2 alone, of such a checkpoint
-    python tcm.py --out runs/tcm-cifar10 --sample 50000 --nfe 2 --save samples.npz      # second step: --ts 80,0.821, or
-    python tcm.py --out runs/tcm-cifar10 --sample 50000 --nfe 2 --ts 80,1 --save samples.npz        # t', see below
+    python tcm.py --data cifar10 --init STAGE1 --stage1 0 --before 250000 --steps 250000        # its stage 2 alone
+    python tcm.py --out runs/tcm-cifar10 --sample 50000 --nfe 2 --save samples.npz      # second step at t = 0.821
+    python tcm.py --out runs/tcm-cifar10 --sample 50000 --nfe 2 --ts 80,1 --save samples.npz        # at t', see below
 
 Differs from ect.py only in: t truncated to [t_min, t_max], the limit on ratio, r >= 1e-6 (stage 1); the frozen network,
-boundary samples and a truncated Student-t for ln t (stage 2); the stages' batches and learning rates; the gradient
-limit and, on ImageNet-64, the EMA.
+boundary samples and a truncated Student-t for ln t (stage 2); each stage's batch and learning rate; the count of steps,
+the EMA's too; the gradient limit; c; fp16 on ImageNet-64; samples without ECT's shift.
 
 Sources: the paper, and its code NVlabs/TCM (b132239). Where they leave a choice or we differ:
 - As in the code, all targets with r < t' come from f_1, not those of boundary samples alone, and f_1 keeps its dropout,
   with the student's mask.
 - Each sample is at the boundary with probability boundary_prob (the code: a fixed share of each GPU's batch), and the
   two means are written as weights 1 / (1 - p) and w_boundary / p. So the result does not depend on the batch's split.
-- The lengths of the stages are ours: the code's are upper bounds (3M and 800k steps).
+- The lengths of the stages are ours: the code's are upper bounds (3M and 800k steps). With --init none the warm-up
+  shortens stage 2: on CIFAR-10 --steps 700000 makes up for it.
 - Samples take their second step at 0.821 on CIFAR-10, the code's default, though stage 2 does not train below t' = 1;
-  others recommend 1. Which the published numbers took is not known.
+  others recommend 1. Which the published numbers took is not known. On ImageNet-64 1.526 is others' advice.
+- On ImageNet-64 the code starts from its authors' edm2-imgnet64-s.pth; we from EDM2's .pkl of EMA std 0.075, as ECT.
 - As in the code ratio, learning rate and power-form EMA count the steps of both stages; steps that --init has behind it
   are --before (the code: --resume_tick, in hundreds).
 - The scaler of fp16 starts at 65536 and doubles in 2000 good steps (the code: 16, 20,000). So a dozen of the first
@@ -198,7 +200,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     stage1=(        2000,         250_000,      50_000,       'of these, steps of stage 1 [ours]; 0: none'),
     before=(        0,                                        'further steps of stage 1 that --init has behind it'),
     batch=(         32,           1024,         1024,         'images per step, all processes, stage 2 [README]'),
-    batch_stage1=(  1.0,          0.5,          2.0,          'the same before stage 2, over batch [README: 512]'),
+    batch_stage1=(  1.0,          0.5,          2.0,          'batch before stage 2 = this x batch [README]'),
     lr=(            1.2e-3,       5e-5,         5e-4,         'learning rate of stage 2 [README]'),
     lr_stage1=(     1.2e-3,       1e-4,         1e-3,         'learning rate of stage 1 [README]'),
     lr_warmup=(     2e-3,         5e-4,         1e-3,         'learning rate of the warm-up'),
@@ -207,17 +209,17 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     t_ref=(         math.inf,     math.inf,     8000,         'lr / sqrt(max(step / t_ref, 1)) in stage 2'),
     t_ref_stage1=(  math.inf,     math.inf,     2000,         'the same in stage 1'),
     anneal=(        1,            0,            0,            '1: lr falls linearly to 0 in each stage'),
-    ema=(           0.998,        0.9999,       0.9999,       'decay of the average, in [0, 1) [README]'),
+    ema=(           0.998,        0.9999,       0.9999,       'decay of the average, in [0, 1) [ct_train.py]'),
     ema_gamma=(     0.0,          0.0,          16.97,        'decay (1 - 1/step)^(ema_gamma + 1); 0: ema'),
     clip=(          1e6,                                      'gradient norm limit [ct_training_loop.py]'),
     P_mean=(        0.0,          -1.1,         -0.8,         'stage 1: ln t ~ N(P_mean, P_std^2); may be negative'),
     P_std=(         1.3,          2.0,          1.6,          'its standard deviation'),
     t_min=(         0.002,                                    't >= t_min [loss.py]'),
     t_max=(         20.0,         80.0,         80.0,         't <= t_max [loss.py]'),
-    q=(             2.0,          2.0,          4.0,          'ratio = 1 - q^-a in period a, q > 1 [README]'),
+    q=(             2.0,          2.0,          4.0,          'ratio = 1 - q^-a in period a, q > 1 [ct_train.py]'),
     d=(             300,          25_000,       10_000,       'steps per period [README: double_iter]'),
     ratio_limit=(   0.999,        0.999,        0.9961,       'upper limit of ratio, in [0, 1) [README]'),
-    k=(             8.0,                                      'n(t) = 1 + k sigmoid(-b t) [loss.py]'),
+    k=(             8.0,                                      'n(t) = 1 + k sigmoid(-b t) [loss.py]; 0: n = 1'),
     b=(             1.0,                                      'rate in n(t) [loss.py]'),
     c=(             0.03,         1e-8,         0.06,         'pseudo-Huber constant; 0: the plain norm [README]'),
     weight=(        '1/c_out^2',  '1/(t-r)',    '1/c_out^2',  'w(t, r); 1/c_out^2 = 1/t^2 + 1/sigma_d^2'),
@@ -240,7 +242,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     attn=(          (8,),         (16,),        (16, 8),      'resolutions with attention'),
     head_dim=(      0,            0,            64,           'channels per attention head; 0: one head'),
     dropout=(       0.0,          0.2,          0.4,          'dropout rate in [0, 1) [README]'),
-    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout [README]'),
+    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout [ct_train.py]'),
     amp=(           'off',        'off',        'fp16',       'precision on a GPU; off: float32. On a CPU: off'),
     seed=(          0,                                        'of all random numbers; may be negative'),
     save_every=(    1000,         10_000,       5000,         'steps between checkpoints and sample grids'),
@@ -292,7 +294,7 @@ class Block(nn.Module):
         h = self.conv0(h) + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(silu(self.norm1(h))))
         x = (h + self.skip(x)) * 0.5**0.5
-        if self.heads:                  # explicit softmax: the fused kernels have no forward-mode derivative
+        if self.heads:                  # explicit softmax, as scm.py needs it: fused kernels have no forward mode
             B, C, H, W = x.shape
             q, k, v = self.qkv(self.norm2(x)).reshape(B * self.heads, C // self.heads, 3, H * W).unbind(2)
             w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)
@@ -957,7 +959,7 @@ def load_edm(path_or_url):
         def tensors(state):             # depth first, as in state_dict()
             for group in ('_parameters', '_buffers'):
                 yield from (v for name, v in state[group].items() if v is not None and name != 'resample_filter')
-            for name, module in state.pop('_modules').items():      # once each
+            for name, module in state.pop('_modules').items():      # popped: one module may be held twice
                 if name != 'map_augment': yield from tensors(module.args[0]['state'] if module.args else module.state)
 
         net.load_state_dict(dict(zip(net.state_dict(), tensors(meta['state']), strict=True)))
@@ -998,7 +1000,8 @@ def numbers(text):
 
 
 def check(values, where=''):
-    """A knob or flag whose value has no meaning ends the program. What has one, the texts of the tables say."""
+    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100', 'in
+    [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
     for name, value in values.items():
         *table, meaning = {**FLAGS, **CONFIG}[name]
         low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
@@ -1061,19 +1064,19 @@ def config(argv=None):
 
 def process(local, cfg):
     """One process of a run: of torchrun, which sets LOCAL_RANK, RANK and WORLD_SIZE, or of --gpus."""
-    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent has the word
+    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent answers
     if 'LOCAL_RANK' not in os.environ: os.environ.update(RANK=str(local), WORLD_SIZE=str(cfg.gpus))
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     device = torch.device('cuda', local) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 it gains 1.5 there, and nothing elsewhere
+        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 1.5 times as fast, in tf32 and fp16 no gain
         torch.backends.cudnn.allow_tf32 = cfg.amp != 'off'
         torch.set_float32_matmul_precision('highest' if cfg.amp == 'off' else 'high')
     elif world > 1: torch.set_num_threads(max(1, os.cpu_count() // world))
     if world > 1:
         warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # to decode
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # decoding
     warnings.filterwarnings('ignore', module='PIL')     # reading() does not reach the threads that decode
     logging.getLogger('PIL').setLevel(logging.CRITICAL)     # what we refuse is told in one line
     turn = (rank > 0) + (local > 0)     # files are made by the first process of all, then by the first of each machine

@@ -767,12 +767,16 @@ def test_multistep_ends_and_slerp():
     close(middle @ unit(a), middle @ unit(b))
 
 
-def test_edit_writes_pictures(data, tmp_path):
+def test_edit_writes_pictures(data, tmp_path, capfd):
     go('ct', '--data', data, *TINY, *PHASES['ct'], '--steps', 2, '--out', tmp_path / 'run')
-    assert run('ct', '--out', tmp_path / 'run', '--edit', 'inpaint').returncode == 0
+    assert run('ct', '--out', tmp_path / 'run', '--edit=inpaint').returncode == 0
     for kind in ('inpaint', 'colour', 'superres', 'interpolate'):
         if kind != 'inpaint': ct.edit_pictures(['--out', str(tmp_path / 'run'), '--edit', kind])
         assert Image.open(tmp_path / 'run' / f'edit-{kind}.png').size[0] == 20 * 48
+    capfd.readouterr()
+    for argv, message in ((['none'], 'invalid choice'), (['superres', '--res', '12'], 'sides that 8 divides, not 12')):
+        with pytest.raises(SystemExit): ct.edit_pictures(['--out', str(tmp_path / 'run'), '--edit', *argv])
+        assert message in capfd.readouterr().err
 
 
 def test_distillation_starts_from_its_teacher(data, tmp_path):
@@ -1055,6 +1059,7 @@ def test_edge_skipping_sampler_is_its_formula():
         h = sct.f(toy(), x, torch.full((2,), t), None, torch.full((2, 1, 1, 1), s).double())    # to the edge
         x, t = x + (eta * s - t) / (s - t) * (h - x), eta * s                                   # and past it
     close(sct.sample(toy(), z, [20.0], edges=edges, eta=eta), x, rtol=1e-6, atol=1e-6)         # times are float32
+    close(sct.sample(toy(), z, [20.0], edges=[*edges, 20.0, 80.0], eta=eta), x, rtol=1e-6, atol=1e-6)
     a = torch.randn(1, 3, 4, 4).double()
 
     def point_mass(x, c, y=None):           # the raw network whose denoiser is a everywhere
@@ -1368,6 +1373,7 @@ def test_stages_of_scm(data, tmp_path):
     deep = scm.Loss(toy(), config('scm', '--data', 'imagenet64'), None)
     first = deep.cfg.warmup
     assert abs(deep.phase(first + 140_000)[2] - 0.5e-4) < 1e-12 and abs(deep.phase(140_000)[2] - 0.5e-2) < 1e-12
+    assert abs(deep.phase(first + 1000)[2] - 1e-4 * 2.048e6 / 1e7) < 1e-12 and deep.phase(first)[2] == 0
     assert abs(deep.averages(None, first + 999)[0][1] - (1 - 1 / 1000)**17.97) < 1e-12
     gamma = deep.cfg.ema_gamma_warmup
     assert abs(deep.averages(None, 999)[0][1] - (1 - 1 / 1000)**(gamma + 1)) < 1e-12
@@ -2443,13 +2449,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path,
 # what every knob takes of -1, 0, 2, inf, nan and a word; the others are refused; NOT: where a letter means else
 TAKES = {'-1': {'seed', 'label', 'P_mean', 'P_mean_warmup', 'mu'},
          'inf': {'clip', 't_ref', 't_ref_stage1', 'refs', 'dropout_res'},
-         '0': set('micro seed P_mean warmup stage1 anneal beta2 ema ema_gamma c cond flip head_dim dropout '
-                  'dropout_warmup mu boundary_prob ratio_limit refs smooth weak adaptive scd heun d ramp before shift '
-                  'P_mean_warmup beta2_warmup ema_gamma_warmup'.split()),
+         '0': set('micro seed P_mean warmup stage1 anneal beta2 ema ema_gamma c cond flip head_dim dropout k '
+                  'dropout_warmup mu boundary_prob ratio_limit refs smooth weak adaptive scd heun d ramp ramp_warmup '
+                  'before shift P_mean_warmup beta2_warmup ema_gamma_warmup'.split()),
          '2': set('gpus nfe seed steps warmup stage1 batch batch_stage1 micro lr lr_warmup lr_stage1 t_ref '
                   't_ref_stage1 clip c P_mean P_std q d k b ts classes mult blocks attn head_dim save_every log_every '
                   'rho s0 N t_max fourier ema_gamma H heun refs edges eta guidance nu sigma w_boundary mu '
-                  't_transition ramp before shift eps dropout_res P_mean_warmup P_std_warmup ema_gamma_warmup'.split())}
+                  't_transition ramp ramp_warmup before shift eps dropout_res P_mean_warmup P_std_warmup '
+                  'ema_gamma_warmup'.split())}
 WORDS = {'out', 'save', 'init', 'teacher'}              # and any text
 NOT = {('ct', 'mu', '-1'), ('ct', 'mu', '2'), ('scm', 'c', '0'), ('tcm', 'clip', 'inf'), ('tcm', 'd', '0')}
 
