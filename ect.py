@@ -17,7 +17,7 @@ t is the standard deviation of the noise, in units of images in [-1, 1].
     python ect.py                                   # embedded digits: diffusion warm-up, then ECT, pictures
     python ect.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe, from EDM's checkpoint
     python ect.py --data cifar10 --steps 200000     # run_ecm.sh: half the steps, 25,000 a stage
-    python ect.py --data cifar10 --q 256 --steps 8000 --ema 0.9993      # its one-hour recipe, one stage
+    python ect.py --data cifar10 --q 256 --steps 8000 --ema 0.9993 --out runs/ect-1h        # its one-hour recipe
     python ect.py --data imagenet64 --gpus 8        # its ImageNet-64 recipe, EDM2-S
     python ect.py --out runs/ect-cifar10 --sample 50000 --nfe 2 --save samples.npz
 
@@ -795,7 +795,7 @@ def report(cfg, row, left):
     with open(Path(cfg.out, 'log.csv'), 'a', newline='') as file:
         if not file.tell(): csv.writer(file).writerow(row)
         csv.writer(file).writerow([f'{v:.6g}' if isinstance(v, float) else v for v in row.values()])
-    memory = f'  {torch.cuda.max_memory_allocated() / 2**30:.1f} GB' if torch.cuda.is_available() else ''
+    memory = f'  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB' if torch.cuda.is_available() else ''
     line = (f'{row["phase"]:9s} {row["step"]:7d} {100 * row["step"] / cfg.steps:3.0f}%  loss {row["loss"]:<8.4g} '
             f'|g| {row["grad_norm"]:<8.3g} {row["images_per_second"]:6.0f} img/s{memory}  '
             f'{timedelta(seconds=round(left))} left' + f'  {row["skipped"]} skipped' * bool(row['skipped']))
@@ -949,12 +949,13 @@ def numbers(text):
 
 
 def check(values, where=''):
-    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100', 'in
-    [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
+    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100',
+    'below pi/2', 'in [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
     for name, value in values.items():
         *table, meaning = {**FLAGS, **CONFIG}[name]
         low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
         high = 1 if '0, 1)' in meaning else 100 if '< 100' in meaning else math.inf
+        if 'below pi/2' in meaning: high = math.pi / 2
         for v in value if isinstance(value, tuple) else (value,):
             zero = v == 0 and ('[0, ' in meaning or '0: ' in meaning)
             fits = low < v < high or zero if isinstance(v, (int, float)) else v in CHOICES.get(name, (v,))

@@ -591,12 +591,15 @@ def evaluate(sample, reference, net, cfg):
         stop(f'the reference has {len(mu)} features, the samples {len(sample.mu)}: not of one network')
     kind = dict(inception='FID', dinov2='FD-DINOv2', digits='FD-digits')[cfg.model]
     row = {kind: frechet(sample.mu, sample.sigma, mu, sigma)}
-    if kind == 'FD-digits' and x is not None:
-        p = net.fc(torch.from_numpy(x)).softmax(1)
-        shares = p.argmax(1).bincount(minlength=10) / len(p)
-        spread = np.sqrt(np.diag(sample.sigma) / np.diag(sigma))[-3:]
-        return row | dict(sure=(p.amax(1) > 0.5).float().mean().item(), share_min=shares.min().item(),
-                          share_max=shares.max().item(), colour_min=spread.min(), colour_max=spread.max(), n=sample.n)
+    if kind == 'FD-digits':
+        row |= dict.fromkeys('sure share_min share_max colour_min colour_max'.split())
+        if x is not None:
+            p = net.fc(torch.from_numpy(x)).softmax(1)
+            shares = p.argmax(1).bincount(minlength=10) / len(p)
+            spread = np.sqrt(np.diag(sample.sigma) / np.diag(sigma))[-3:]
+            row |= dict(sure=(p.amax(1) > 0.5).float().mean().item(), share_min=shares.min().item(),
+                        share_max=shares.max().item(), colour_min=spread.min(), colour_max=spread.max())
+        return row | dict(n=sample.n)
     row[f'{kind}_inf'] = frechet_inf(x, mu, sigma) if x is not None and len(x) >= 10_000 else None
     if kind == 'FID': row['IS'] = inception_score(x, net.fc.weight) if x is not None and len(x) >= 10 else None
     both = x is not None and y is not None and min(len(x), len(y)) > 3

@@ -13,8 +13,7 @@ Trains f(x_t, t) = cos(t) x_t - sin(t) sigma_d F(x_t / sigma_d, t) -> x_0, where
 
 r rises to 1 in H steps; g is then cos(t) df/dt along the trajectory, so the target moves f against its own drift.
 dx_t/dt = cos(t) sigma_d z - sin(t) x in training (sCT), sigma_d F_teacher(x_t / sigma_d, t) in distillation (sCD).
-w is a learnt function of t. t is an angle in [0, pi/2] (TrigFlow): sigma_d tan(t) is the standard
-deviation of the noise, in units of images in [-1, 1].
+w is learnt. t is an angle in [0, pi/2] (TrigFlow): sigma_d tan(t) is the noise's standard deviation, images in [-1, 1].
 
     python scm.py                                   # embedded digits: diffusion warm-up, then sCT, pictures
     python scm.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe; --scd 1 --dropout 0: sCD
@@ -33,17 +32,16 @@ Where they leave a choice or we differ:
   warm-up minimises E exp(w(t)) / D |sigma_d F - dx_t/dt|^2 - w(t), on CIFAR-10 too, where EDM has w = 0.
 - On CIFAR-10 the length of the second stage and the levels of the first are not printed: a reproduction's 400,000
   steps, EDM's levels.
-- The warm-ups are those of EDM and EDM2 (Adam, ramp of the learning rate), on CIFAR-10 without EDM's augmentation (0.12
-  in a reproduction) and flips: a page of code and one more input, for a diffusion model that EDM's own checkpoint can
-  replace (--arch ddpmpp). float32 there: DDPM++ has been called unstable in fp16.
+- The warm-ups are those of EDM and EDM2, on CIFAR-10 without EDM's augmentation (0.12 in a reproduction) and flips: a
+  page of code and one more input, for a diffusion model that EDM's own checkpoint can replace (--arch ddpmpp). float32
+  there: DDPM++ has been called unstable in fp16.
 - g is computed in float32 (TF32 unless --amp off) whatever --amp: in bf16 it would be some per cent off. So fp16, the
   paper's on ImageNet-64, is that of the warm-up; TF32 has as many bits. --amp off is safest.
 - --arch ddpmpp and edm2 are EDM's and EDM2's networks through the exact map t = arctan(sigma / sigma_d), F = -F_EDM,
-  which takes their weights and ect.py's, by path or URL. FID 3.2 in one step has been reported for ddpmpp by others;
-  edm2's features of t are so fast that training has been called unstable. --arch scm-edm2 is the paper's: positional
-  features of t, double normalisation in EDM2's norm (1e-4 outside the root; the pixel norm that the paper cites has
-  1e-8 within), teacher from scratch; 293.9 million weights at size S, where the paper prints EDM2's 280.2. They are
-  normalised before each step of both stages; a reproduction suspends that in the second.
+  which takes their weights and ect.py's, by path or URL; edm2's fast features of t have been called unstable. --arch
+  scm-edm2 is the paper's: positional features of t, double normalisation in EDM2's norm (1e-4 outside the root; the
+  pixel norm cited has 1e-8 within), teacher from scratch; 293.9 million weights at size S (the paper prints EDM2's
+  280.2), normalised before each step of both stages (a reproduction: not in the second).
 """
 import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile
 import time, warnings, zipfile
@@ -244,7 +242,7 @@ CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]),
     scd=(           0,                                        '1: distil the diffusion model (sCD), 0: sCT'),
     teacher=(       'none',                                   'sCD of this model: a checkpoint or .pkl, as --init'),
     heun=(          0,                                        'diffusion samples in N steps of DPM-Solver; 0: no'),
-    ts=(            (1.5458015, 1.1), (1.5645464, 1.1), (1.5645464, 1.1), 'times of the sampler [5.2, G.2]'),
+    ts=(            (1.5458015, 1.1), (1.5645464, 1.1), (1.5645464, 1.1), 't of the sampler, below pi/2 [5.2, G.2]'),
     init=(          'none',                                   'none, our checkpoint, EDM, EDM2, ECT, TCM .pkl'),
     res=(           16,           32,           64,           'image side'),
     flip=(          0,                                        '1: random horizontal flips'),
@@ -906,7 +904,7 @@ def report(cfg, row, left):
     with open(Path(cfg.out, 'log.csv'), 'a', newline='') as file:
         if not file.tell(): csv.writer(file).writerow(row)
         csv.writer(file).writerow([f'{v:.6g}' if isinstance(v, float) else v for v in row.values()])
-    memory = f'  {torch.cuda.max_memory_allocated() / 2**30:.1f} GB' if torch.cuda.is_available() else ''
+    memory = f'  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB' if torch.cuda.is_available() else ''
     line = (f'{row["phase"]:9s} {row["step"]:7d} {100 * row["step"] / cfg.steps:3.0f}%  loss {row["loss"]:<8.4g} '
             f'|g| {row["grad_norm"]:<8.3g} {row["images_per_second"]:6.0f} img/s{memory}  '
             f'{timedelta(seconds=round(left))} left' + f'  {row["skipped"]} skipped' * bool(row['skipped']))
@@ -1064,12 +1062,13 @@ def numbers(text):
 
 
 def check(values, where=''):
-    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100', 'in
-    [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
+    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100',
+    'below pi/2', 'in [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
     for name, value in values.items():
         *table, meaning = {**FLAGS, **CONFIG}[name]
         low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
         high = 1 if '0, 1)' in meaning else 100 if '< 100' in meaning else math.inf
+        if 'below pi/2' in meaning: high = math.pi / 2
         for v in value if isinstance(value, tuple) else (value,):
             zero = v == 0 and ('[0, ' in meaning or '0: ' in meaning)
             fits = low < v < high or zero if isinstance(v, (int, float)) else v in CHOICES.get(name, (v,))

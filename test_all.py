@@ -767,6 +767,14 @@ def test_multistep_ends_and_slerp():
     close(middle @ unit(a), middle @ unit(b))
 
 
+def test_the_readme_samples_from_python(tmp_path):
+    go('ect', *TINY, '--res', 16, '--steps', 1, '--warmup', 1, '--out', tmp_path / 'runs' / 'ect-glyphs')
+    code = re.search(r'^import torch, ect\n.*?(?=```)', (HERE / 'README.md').read_text(), re.M | re.S)[0]
+    done = subprocess.run([sys.executable, '-c', f'{code}print(*x.shape, x.abs().max() < 9)'], capture_output=True,
+                          text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(HERE)))
+    assert done.stdout == '4 3 16 16 tensor(True)\n', done.stderr
+
+
 def test_edit_writes_pictures(data, tmp_path, capfd):
     go('ct', '--data', data, *TINY, *PHASES['ct'], '--steps', 2, '--out', tmp_path / 'run')
     assert run('ct', '--out', tmp_path / 'run', '--edit=inpaint').returncode == 0
@@ -2458,7 +2466,8 @@ TAKES = {'-1': {'seed', 'label', 'P_mean', 'P_mean_warmup', 'mu'},
                   't_transition ramp ramp_warmup before shift eps dropout_res P_mean_warmup P_std_warmup '
                   'ema_gamma_warmup'.split())}
 WORDS = {'out', 'save', 'init', 'teacher'}              # and any text
-NOT = {('ct', 'mu', '-1'), ('ct', 'mu', '2'), ('scm', 'c', '0'), ('tcm', 'clip', 'inf'), ('tcm', 'd', '0')}
+NOT = {('ct', 'mu', '-1'), ('ct', 'mu', '2'), ('scm', 'c', '0'), ('scm', 'ts', '2'), ('tcm', 'clip', 'inf'),
+       ('tcm', 'd', '0')}
 
 
 def walk(name):
@@ -2856,7 +2865,7 @@ def test_gpu_speed_memory_and_waiting(network, batch, tmp_path, monkeypatch, say
     busy, last = 0, 0
     for start, end in spans: busy, last = busy + max(0, end - max(start, last)), max(end, last)
     waits = 1 - busy / 1e6 / (times[25] - times[20])
-    memory = torch.cuda.max_memory_allocated() / 2**30 if GPU.type == 'cuda' else 0
+    memory = torch.cuda.max_memory_allocated() / 1e9 if GPU.type == 'cuda' else 0
     what = f'ect, {network} network, batch {batch}'
     say(f'{what}: {(rates[15] + rates[20]) / 2:.0f} images/s in float32, {memory:.2f} GB')
     if GPU.type == 'cuda': say(f'{what}: share of time the GPU waits', waits, 1 if network == 'glyphs' else 0.1)
@@ -3226,6 +3235,12 @@ def test_digits_are_ranked_by_legibility_classes_colours_and_grain(classifier, c
     assert rows['fours']['share_min'] < 0.005 and rows['held_out']['share_max'] < 0.105 < rows['fours']['share_max']
     assert 0.45 < rows['dull']['colour_min'] < rows['dull']['colour_max'] < 0.55
     assert 0.95 < rows['held_out']['colour_min'] < rows['held_out']['colour_max'] < 1.05
+    kept = np.load('held_out/samples.npz.digits.fid')           # of statistics alone some columns stay empty
+    np.savez('statistics.npz', mu=kept['mu'], sigma=kept['sigma'])
+    for paths in (['held_out/samples.npz', 'statistics.npz'], ['statistics.npz', 'held_out/samples.npz']):
+        fid.main([*paths, '--ref', 'glyphs', '--model', 'digits'])
+        lines = {line.split()[0]: line.split()[1:] for line in capfd.readouterr().out.splitlines()}
+        assert lines['statistics.npz'][1:] == ['-'] * 6 and float(lines['held_out'][1]) > 0.995, lines
 
 
 # ---- images and statistics
