@@ -18,8 +18,8 @@ What counts as a breach (the promise: one line on stderr that names the culprit,
   unnamed    the line does not name the file at fault
 Not a breach: damage in bytes no checksum guards (.npy, BMP, labels in JSON, .log) that leaves a well-formed file. Told as
 a figure of its own, "unguarded": other content from damage to a zip's directory of names alone (it has no checksum: a
-picture called .pnf is none), from bytes missing inside a PNG's IDAT (Pillow does not look at its sums), a JPEG's scan or an EDM
-pickle (no checksum). Lines before ours of libtiff's own, and of CPython's unpickler ("deallocated bytearray").
+picture called .pnf is none), from bytes missing inside a PNG's IDAT (Pillow does not look at its sums), a JPEG or an EDM pickle
+(no checksum). Lines before ours of libtiff's own, and of CPython's unpickler ("deallocated bytearray").
 """
 import argparse, contextlib, faulthandler, gzip, hashlib, io, json, logging, os, pickle, random, re, resource, shutil, signal
 import struct, sys, tarfile, tempfile, time, types, warnings, zipfile, zlib
@@ -203,7 +203,7 @@ def unguarded(good, bad):
     same = next((i for i, (a, b) in enumerate(zip(good, bad)) if a != b), min(len(good), len(bad)))
     if good[:2] == b'PK': return not bad.endswith(good[struct.unpack('<I', good[-6:-2])[0]:])   # the zip's directory
     if good[:4] == b'\x89PNG': return same >= good.index(b'IDAT') and bad.endswith(good[-12:])
-    if good[:2] == b'\xff\xd8': return same >= good.index(b'\xff\xda') and bad.endswith(good[-2:])
+    if good[:2] == b'\xff\xd8': return bad.endswith(good[-2:])
     return good[:2] == b'\x80\x04' and bad.endswith(good[-100:])                         # a pickle, not cut short
 
 # --------------------------------------------------------------------------------------------------------- targets
