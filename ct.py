@@ -1035,9 +1035,10 @@ def config(argv=None):
         if cfg['init'] != 'none': cfg['warmup'] = given.get('warmup', 0)       # the checkpoint is the diffusion model
     if cfg['device'] == 'cpu' or not torch.cuda.is_available(): cfg['amp'] = given.get('amp', 'off')
     halvings, widths = len(cfg['mult']) - 1, [int(cfg['ch'] * m) for m in cfg['mult']]
-    if cfg['res'] % 2**halvings: stop(f'side {cfg["res"]} cannot be halved {halvings} times: change --res or --mult')
+    run = f'{cfg["out"]}: ' if saved and not samples_init else ''
+    if cfg['res'] % 2**halvings: stop(f'{run}side {cfg["res"]} cannot be halved {halvings} times: see --res, --mult')
     if cfg['ch'] < 4 or cfg['ch'] % 2 or any(w < 1 or w % max(1, w // (cfg['head_dim'] or w)) for w in widths):
-        stop(f'no network has {widths} channels: --ch is even, 4 or more; --head_dim divides --ch times --mult')
+        stop(f'{run}no network has {widths} channels: --ch is even, 4 or more; --head_dim divides --ch times --mult')
     for low, high in (('s0', 's1'), ('t_min', 't_transition'), ('t_transition', 't_max')):
         if cfg.get(low, 0) > cfg.get(high, math.inf): stop(f'--{low} {cfg[low]} is above --{high} {cfg[high]}')
     target = Path(cfg['save'] or cfg['out']).absolute()

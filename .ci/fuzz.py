@@ -327,7 +327,7 @@ def judge(end, kind, first, missing, names, owned=False):
     lines = [l for l in end['err'].splitlines() if l.strip()]
     while len(lines) > 1 and lines[0].startswith('fid.py: ') and re.search('repeated to 3|bias|duplicates|JPEG|does not say|images, .*/s', lines[0]): lines.pop(0)
     while len(lines) > 1 and re.search(r'\d+ of \d+ images, .*/s', lines[0]): lines.pop(0)
-    while len(lines) > 1 and re.match(r'_?TIFF\w+: |LZW\w+: |tempfile.tif: ', lines[0]): lines.pop(0)
+    while len(lines) > 1 and re.match(r'_?TIFF\w+: |LZW\w+: |MissingRequired: |tempfile.tif: ', lines[0]): lines.pop(0)
     while len(lines) > 1 and re.match('SystemError: deallocated bytearray|Exception ignored in', lines[0]): lines.pop(0)
     while len(lines) > 2 and 'DecompressionBombWarning' in lines[0]: del lines[:2]     # Pillow's, of huge pictures
     if owned: return 'code', 'it ran something'
