@@ -304,7 +304,7 @@ class Block(nn.Module):
         h = self.conv0(h) + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(silu(self.norm1(h))))
         x = (h + self.skip(x)) * 0.5**0.5
-        if self.heads:                  # explicit softmax, as scm.py needs it: fused kernels have no forward mode
+        if self.heads:                  # explicit softmax: fused kernels have no forward mode, for scm.py
             B, C, H, W = x.shape
             q, k, v = self.qkv(self.norm2(x)).reshape(B * self.heads, C // self.heads, 3, H * W).unbind(2)
             w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)

@@ -10,9 +10,8 @@ Tunes a diffusion model into f(x_t, t) -> x_0, the end of the probability-flow O
     min E  w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),     x_t = x + t z,  x_r = x + r z,  r < t,
 
 with d the unsquared L2 norm over the whole image (pseudo-Huber where c > 0), w = 1/(t - r) or EDM's 1/c_out^2, and r
-approaching t in stages a = 1, 2, ...:
-r = max(0, t (1 - n(t) / q^a)), n(t) = 1 + k sigmoid(-b t). Where r = 0 the target is the image x itself.
-t is the standard deviation of the noise, in units of images in [-1, 1].
+approaching t in stages a = 1, 2, ...: r = max(0, t (1 - n(t) / q^a)), n(t) = 1 + k sigmoid(-b t). Where r = 0 the
+target is the image x itself. t is the standard deviation of the noise, in units of images in [-1, 1].
 
     python ect.py                                   # embedded digits: diffusion warm-up, then ECT, pictures
     python ect.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe, from EDM's checkpoint
@@ -31,8 +30,8 @@ leave a choice or we differ:
   one its FIDs took is not known. Ours is 0.05, as TCM's.
 - The code replaces NaN and infinite gradients; we stop at the next status line, before anything is saved.
 - Stage a counts from 1 at step 0, as in the paper; the code changes stages one step later.
-- EDM2's weights are normalised once before each step, not within its forward pass, to the same
-  effect. Size M: --init datasets/edm2-img64-m-2147483-0.060.pkl --lr 9e-4 --dropout 0.5, and so on.
+- EDM2's weights are normalised once before each step, not within its forward pass: the same weights in every pass.
+  Size M: --init datasets/edm2-img64-m-2147483-0.060.pkl --lr 9e-4 --dropout 0.5, and so on.
 - The diffusion warm-up for runs without a checkpoint is EDM's loss: lengths and learning rates are ours.
 """
 import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile
@@ -97,7 +96,7 @@ class Loss(nn.Module):
 
     def pair(self, x, labels, z, t, r, step):
         """Weighted distance of f(x_t, t) and its target at r -> (B,)."""
-        w = self.weight(t, r).to(x, non_blocking=True)          # from float64: t - r may be t / 500
+        w = self.weight(t, r).to(x, non_blocking=True)          # from float64: t - r is small
         t, r = (v.to(x, non_blocking=True).view(-1, 1, 1, 1) for v in (t, r))
         x_t, x_r = x + t * z, x + r * z
         with torch.no_grad(), same_dropout(x):
@@ -243,7 +242,7 @@ class Block(nn.Module):
         h = self.conv0(h) + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(silu(self.norm1(h))))
         x = (h + self.skip(x)) * 0.5**0.5
-        if self.heads:                  # explicit softmax, as scm.py needs it: fused kernels have no forward mode
+        if self.heads:                  # explicit softmax: fused kernels have no forward mode, for scm.py
             B, C, H, W = x.shape
             q, k, v = self.qkv(self.norm2(x)).reshape(B * self.heads, C // self.heads, 3, H * W).unbind(2)
             w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)

@@ -134,7 +134,7 @@ class Loss(nn.Module):
             if self.distils:
                 with torch.no_grad(): dx = SD * F(self.teacher, x_t, t, labels)
             speed = SD * cos * sin
-            with fwd.dual_level(), ForwardMode(), torch.compiler.set_stance('force_eager'):     # is not compiled
+            with fwd.dual_level(), ForwardMode(), torch.compiler.set_stance('force_eager'):     # never compiled
                 dual = F(self.net, fwd.make_dual(x_t, speed * dx), fwd.make_dual(t, speed.flatten()), labels)
                 out, J = fwd.unpack_dual(dual)
         J = 0 if J is None else J.detach()
@@ -315,7 +315,7 @@ class Block(nn.Module):
         else: h = self.norm1(h + a)
         h = self.conv1(self.dropout(silu(h)))
         x = (h + self.skip(x)) * 0.5**0.5
-        if self.heads:                  # explicit softmax: the fused kernels have no forward-mode derivative
+        if self.heads:                  # explicit softmax: fused kernels have no forward mode, for scm.py
             B, C, H, W = x.shape
             q, k, v = self.qkv(self.norm2(x)).reshape(B * self.heads, C // self.heads, 3, H * W).unbind(2)
             w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)

@@ -121,7 +121,7 @@ class Loss(nn.Module):
 
     def pair(self, x, labels, z, t, r, step):
         """Weighted distance of f(x_t, t) and its target at r -> (B,), before the weight of the boundary loss."""
-        w = self.weight(t, r).to(x, non_blocking=True)          # from float64: t - r may be t / 1000
+        w = self.weight(t, r).to(x, non_blocking=True)          # from float64: t - r is small
         t, r = (v.to(x, non_blocking=True).view(-1, 1, 1, 1) for v in (t, r))
         x_t, x_r = x + t * z, x + r * z
         with torch.no_grad():
@@ -294,7 +294,7 @@ class Block(nn.Module):
         h = self.conv0(h) + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(silu(self.norm1(h))))
         x = (h + self.skip(x)) * 0.5**0.5
-        if self.heads:                  # explicit softmax, as scm.py needs it: fused kernels have no forward mode
+        if self.heads:                  # explicit softmax: fused kernels have no forward mode, for scm.py
             B, C, H, W = x.shape
             q, k, v = self.qkv(self.norm2(x)).reshape(B * self.heads, C // self.heads, 3, H * W).unbind(2)
             w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)
