@@ -144,8 +144,8 @@ class Loss(nn.Module):
         if cfg.flip: members = torch.cat([members, members + 1])                # 2 i + 1 its mirror image
         if cfg.refs < math.inf: members = self.some_of(members, step)
         for numbers in members.split(5000):
-            y = images[(numbers // 2).to(images.device, non_blocking=True)].to(device).float() / 127.5 - 1
-            flip = (numbers % 2 > 0).to(device, non_blocking=True).view(-1, 1, 1, 1)
+            y = images[(numbers // 2).to(images.device, non_blocking=True)].to(device, non_blocking=True)
+            y, flip = y.float() / 127.5 - 1, (numbers % 2 > 0).to(device, non_blocking=True).view(-1, 1, 1, 1)
             yield torch.where(flip, y.flip(3), y)
 
     def some_of(self, members, step):
@@ -823,7 +823,8 @@ def train(cfg, data, rank, world, device):
         """This process's share of a step: uint8 images, labels, u, flips. On the host numpy gathers them: torch would
         start threads for this thread too, and both sets wait for each other on the same cores."""
         index, u, flips = (v[rank::world] for v in draw(cfg, len(images), loss_fn.phase(step)[3], step))
-        x = images[index.to(images.device)] if images.is_cuda else torch.from_numpy(images.numpy()[index.numpy()])
+        if images.is_cuda: x = images[index.to(device, non_blocking=True)]
+        else: x = torch.from_numpy(images.numpy()[index.numpy()])
         if x.device != device: x = x.pin_memory()
         return x, labels[index] if cfg.cond else None, u, flips
 

@@ -772,7 +772,8 @@ def train(cfg, data, rank, world, device):
         """This process's share of a step: uint8 images, labels, u, flips. On the host numpy gathers them: torch would
         start threads for this thread too, and both sets wait for each other on the same cores."""
         index, u, flips = (v[rank::world] for v in draw(cfg, len(images), loss_fn.phase(step)[3], step))
-        x = images[index.to(images.device)] if images.is_cuda else torch.from_numpy(images.numpy()[index.numpy()])
+        if images.is_cuda: x = images[index.to(device, non_blocking=True)]
+        else: x = torch.from_numpy(images.numpy()[index.numpy()])
         if x.device != device: x = x.pin_memory()
         return x, labels[index] if cfg.cond else None, u, flips
 

@@ -2735,13 +2735,16 @@ def moved(name, argv, saved):
 
 @pytest.mark.skipif(not (HERE / '.ci').exists(), reason='needs .ci/fake_cuda.py')
 @pytest.mark.parametrize('name', [pytest.param(name, marks=[slow] * (name not in ('ict', 'fid'))) for name in SCRIPTS])
-def test_on_a_pretended_cuda_no_device_or_dtype_is_wrong_and_a_step_waits_once_at_most(name):
-    """Training, sampling and fid.py on tensors that only pretend to be on cuda:0."""
+def test_on_a_pretended_cuda_no_device_or_dtype_is_wrong_and_steps_wait_as_told(name):
+    """Training, sampling and fid.py on tensors that only pretend to be on cuda:0. In a step wait the scaler of fp16 and
+    sct.py, for the classes of its references; nothing else."""
     argv = [sys.executable, '.ci/fake_cuda.py', '--syncs', name]
     done = subprocess.run(argv, cwd=HERE, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and 'no device or dtype error' in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
-    steps = re.findall(r'one step: .*\n((?: .*\n)*)', done.stdout)
-    for step in steps: assert sum(map(int, re.findall(r'^ +(\d+) x .*waits', step, re.M))) <= 1, step
+    steps = re.findall(r'-- (.*: (.*), one step: .*\n)((?: .*\n)*)', done.stdout)
+    for what, phase, waits in steps:
+        expected = ('fp16' in what) + (name == phase == 'sct' and '--cond 1' in what)
+        assert sum(map(int, re.findall(r'^ +(\d+) x', waits, re.M))) == expected, what + waits
     assert len(steps) > 1 or name == 'fid'
     print(done.stdout.splitlines()[-1])
 
