@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "numpy", "pillow", "scipy"]
+# dependencies = ["torch>=2.11", "numpy", "pillow>=10.1", "scipy"]
 # ///
 """
 ct.py  Consistency models: consistency training and distillation (Song et al. 2023, arXiv:2303.01469).
@@ -1004,6 +1004,8 @@ def check(values, where=''):
 def config(argv=None):
     """Knobs and flags as a Namespace: the column of CONFIG for --data (a path: of its image size, from scratch), or the
     config of the checkpoint in --out; then argv. Bad values end the program."""
+    if torch.__version__ < '2.11':      # autocast drops gradients; before 2.9, forward mode is wrong under dropout
+        stop(f'torch {torch.__version__} computes wrong gradients here: install 2.11 or later')
     parser = argparse.ArgumentParser(f'{METHOD}.py', allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: stop(f'{message}; see --help')
     knobs = {**FLAGS, **CONFIG}

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "numpy", "pillow"]
+# dependencies = ["torch>=2.11", "numpy", "pillow>=10.1"]
 # ///
 """
 fid.py  Frechet inception distance (Heusel et al. 2017, arXiv:1706.08500) and its companions, as the papers print them.
