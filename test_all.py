@@ -2205,8 +2205,30 @@ def test_checkpoint_is_plain_data_that_stands_alone(name, data, tmp_path):
     assert files == {path.name for path in (tmp_path / 'run').iterdir()}
     rows = (tmp_path / 'run' / 'log.csv').read_text().splitlines()
     assert rows[0].startswith('step,phase,loss') and len(rows) == 5
-    grid = Image.open(tmp_path / 'run' / 'samples-000008.png')
-    assert grid.size[0] == 2 * Image.open(tmp_path / 'run' / 'data.png').size[1] * 2        # 20 x 10 against 20 x 5
+    cfg = config(name, '--out', tmp_path / 'run')
+    for file, rows in (('samples-000008.png', 10), ('data.png', 5)):
+        grid = np.asarray(Image.open(tmp_path / 'run' / file))
+        assert grid.shape == (48 * rows, 48 * 20, 3)
+        cells = grid[::6, ::6].reshape(rows, 8, 20, 8, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 8, 8)
+        if rows == 10:                  # one step above two
+            for k in (1, 2):
+                drawn = module.generate(cfg, net.eval(), torch.arange(100), cfg.ts[:k], torch.device('cpu'))
+                assert np.array_equal(cells[100 * (k - 1):100 * k], drawn)
+        else: assert np.array_equal(cells[[0, -1]], pictures()[[0, -1]].transpose(0, 3, 1, 2))
+
+
+def test_a_status_row_tells_means_since_the_last_and_the_pace(data, tmp_path, monkeypatch):
+    told, clock = {1: [], 4: []}, iter(range(10**6))            # every look at the clock takes a second
+    monkeypatch.setattr(ect, 'time', argparse.Namespace(time=lambda: next(clock)))
+    for every, rows in told.items():
+        monkeypatch.setattr(ect, 'report', lambda cfg, row, left: rows.append(row | dict(left=left)))
+        argv = ['--data', data, *TINY, '--warmup', 4, '--steps', 12, '--log_every', every]
+        go('ect', *argv, '--out', tmp_path / str(every))
+    assert [row['step'] for row in told[4]] == [4, 8, 12]
+    for i, row in enumerate(told[4]):
+        for column in ('loss', 'grad_norm'):
+            assert row[column] == pytest.approx(np.mean([r[column] for r in told[1][4 * i:4 * i + 4]]), rel=1e-5)
+        assert row['images_per_second'] == 4 * 8 and row['left'] == (12 - row['step']) * 2 / 4 and row['skipped'] == 0
 
 
 @every_method
@@ -2541,6 +2563,8 @@ def test_flags_that_do_not_fit_the_checkpoint(data, tmp_path, capfd):
     capfd.readouterr()
     assert 'do the flags fit it?' in fails(capfd, 2, 'ect', *argv, '--ch', 16, '--steps', 4)
     assert 'is a run of ect.py' in fails(capfd, 2, 'tcm', '--out', tmp_path / 'run')
+    argv = ['--out', tmp_path / 'run', '--sample', 4, '--save', tmp_path / 's.png']
+    assert 'give an .npz or a folder' in fails(capfd, 2, 'ect', *argv) and not (tmp_path / 's.png').exists()
     (tmp_path / 'run' / 'latest.pt').write_bytes(before[:5000])
     assert 'latest.pt cannot be read' in fails(capfd, 2, 'ect', *argv)
 
@@ -2679,6 +2703,18 @@ def test_a_download_is_checked_and_its_failure_says_what_to_do(tmp_path, monkeyp
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
+
+@every_method
+def test_samples_become_the_nearest_levels(name, monkeypatch):
+    k = torch.arange(256)
+    x = torch.stack([k / 127.5 - 1 + off / 127.5 for off in (-0.49, 0, 0.49)]).view(1, 3, 16, 16)
+    monkeypatch.setattr(MODULES[name], 'sample', lambda *args, **kw: x)
+    cfg = config(name, '--out', 'nowhere')
+    draw = lambda: MODULES[name].generate(cfg, None, torch.arange(1), cfg.ts[:1], torch.device('cpu'))
+    assert torch.equal(draw().flatten(), k.repeat(3).byte())
+    x = torch.tensor([-9., -1.01, 1.01, 9.]).repeat(192).view(1, 3, 16, 16)
+    assert draw().flatten()[:4].tolist() == [0, 0, 255, 255]
+
 
 @every_method
 def test_image_i_is_a_function_of_seed_and_i(name, data, tmp_path):
