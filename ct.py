@@ -655,7 +655,7 @@ def train(cfg, data, rank, world, device):
     if saved:
         with reading(out / 'latest.pt', ': do the flags fit it?'):
             for part, name in ((loss_fn, 'loss'), (ema, 'ema'), (opt, 'opt')): part.load_state_dict(saved[name])
-            if saved['scaler'] and cfg.amp == 'fp16': scaler.load_state_dict(saved['scaler'])
+            if saved['scaler']: scaler.load_state_dict(saved['scaler'])
             logged = saved['log']
     if cfg.compile: net.compile(dynamic=False)
     step_fn = loss_fn if world == 1 else nn.parallel.DistributedDataParallel(loss_fn, broadcast_buffers=False)
@@ -967,7 +967,7 @@ FLAGS = dict(                           # how to run
     sample=(0, 'write this many samples of the run in --out and stop'),
     nfe=(1, 'network evaluations per sample'),
     save=('', 'where the samples go: an .npz, or a folder of PNG [<out>/samples.npz]'),
-    label=(-1, 'class of all samples; -1: all classes equally'),
+    label=(-1, 'class of all samples, in [0, classes); -1: all classes equally'),
 )
 
 

@@ -2107,7 +2107,8 @@ def test_mixed_precision_trains_and_its_scaler_is_saved(name, data, tmp_path):
         assert all(v.isfinite().all() for v in saved['ema'].values())
         assert bool(saved['scaler']) == (amp == 'fp16')
         assert all(v.dtype == torch.float32 for v in saved['ema'].values())
-    go(name, '--data', data, *TINY, *PHASES[name], '--steps', 10, '--amp', 'fp16', '--out', tmp_path / 'fp16')
+    for amp, run_at, steps in (('fp16', 'fp16', 10), ('off', 'fp16', 12), ('fp16', 'bf16', 10)):        # goes on
+        go(name, '--data', data, *TINY, *PHASES[name], '--steps', steps, '--amp', amp, '--out', tmp_path / run_at)
 
 
 @pytest.mark.parametrize('name, arch', [('ect', 'ddpmpp'), ('tcm', 'ddpmpp'), ('ect', 'edm2')])
@@ -2220,10 +2221,17 @@ def test_checkpoint_is_plain_data_that_stands_alone(name, data, tmp_path):
 def test_a_status_row_tells_means_since_the_last_and_the_pace(data, tmp_path, monkeypatch):
     told, clock = {1: [], 4: []}, iter(range(10**6))            # every look at the clock takes a second
     monkeypatch.setattr(ect, 'time', argparse.Namespace(time=lambda: next(clock)))
+    losses, forward = [], ect.Loss.forward
+
+    def watched(self, *args):
+        losses.append(forward(self, *args))
+        return losses[-1]
+    monkeypatch.setattr(ect.Loss, 'forward', watched)
     for every, rows in told.items():
         monkeypatch.setattr(ect, 'report', lambda cfg, row, left: rows.append(row | dict(left=left)))
         argv = ['--data', data, *TINY, '--warmup', 4, '--steps', 12, '--log_every', every]
         go('ect', *argv, '--out', tmp_path / str(every))
+    assert [row['loss'] for row in told[1]] == pytest.approx([loss.mean().item() for loss in losses[:12]], rel=1e-5)
     assert [row['step'] for row in told[4]] == [4, 8, 12]
     for i, row in enumerate(told[4]):
         for column in ('loss', 'grad_norm'):
@@ -2731,7 +2739,7 @@ def test_image_i_is_a_function_of_seed_and_i(name, data, tmp_path):
     near = lambda a, b: np.abs(a.astype(int) - b).max() <= 1
     assert near(draw(5, '--micro', 2)['arr_0'], base['arr_0'][:5])
     assert not near(draw(5, '--seed', 1)['arr_0'], base['arr_0'][:5])
-    assert draw(4, '--label', 2)['arr_1'].tolist() == [2] * 4
+    for label in (0, 2): assert draw(4, '--label', label)['arr_1'].tolist() == [label] * 4
     argv = '--sample 16 --nfe 2 --gpus 2 --device cpu --save'.split()
     done = run(name, '--out', tmp_path / 'run', *argv, tmp_path / 'png')
     assert done.returncode == 0, done.stderr
