@@ -2418,6 +2418,11 @@ def test_what_one_of_several_processes_says_is_told_once_and_alone(ranks, what, 
     assert len(error.strip().splitlines()) == 1 or words == 'out of memory', error
 
 
+def test_more_processes_than_images_of_a_step_are_refused(data, tmp_path):
+    done = run('ect', '--data', data, *TINY, '--batch', 1, '--gpus', 2, '--device', 'cpu', '--out', tmp_path / 'run')
+    assert (done.returncode, done.stderr) == (2, 'ect.py: 2 processes for a batch of 1\n')
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_data_is_read_while_sampling_and_during_a_checkpoint(number, data, tmp_path, monkeypatch, capfd):
     argv, load, save = ['--data', data, *TINY, '--warmup', 4, '--out', tmp_path / 'run'], ect.load_data, torch.save
@@ -2487,8 +2492,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, message, data, tmp_path,
 # what every knob takes of -1, 0, 2, inf, nan and a word; the others are refused; NOT: where a letter means else
 TAKES = {'-1': {'seed', 'label', 'P_mean', 'P_mean_warmup', 'mu'},
          'inf': {'clip', 't_ref', 't_ref_stage1', 'refs', 'dropout_res'},
-         '0': set('micro seed P_mean warmup stage1 anneal beta2 ema ema_gamma c cond flip head_dim dropout k '
-                  'dropout_warmup mu boundary_prob ratio_limit refs smooth weak adaptive scd heun d ramp ramp_warmup '
+         '0': set('micro seed attn P_mean warmup stage1 anneal beta2 ema ema_gamma c cond flip head_dim dropout '
+                  'k dropout_warmup mu boundary_prob ratio_limit refs smooth weak adaptive scd heun d ramp ramp_warmup '
                   'before shift P_mean_warmup beta2_warmup ema_gamma_warmup'.split()),
          '2': set('gpus nfe seed steps warmup stage1 batch batch_stage1 micro lr lr_warmup lr_stage1 t_ref '
                   't_ref_stage1 clip c P_mean P_std q d k b ts classes mult blocks attn head_dim save_every log_every '
