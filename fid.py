@@ -423,6 +423,7 @@ def each_image(path, rows=None):
     shape, fortran, dtype = getattr(np.lib.format, f'read_array_header_{major}_{minor}')(file)
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
         stop(f'{path} holds {dtype} {shape}{" in Fortran order" * fortran}, not uint8 (N, H, W, 3)')
+    if math.prod(shape[1:]) > 2**28: raise ValueError(f'images of {shape[1]} x {shape[2]} exceed 256 MB')
     wanted = None if rows is None else set(rows)
     for i in range(shape[0] if rows is None else max(wanted, default=-1) + 1):
         data = file.read(math.prod(shape[1:]))

@@ -3445,6 +3445,8 @@ def bad_inputs():
     arrays(float=good / 255, int=good.astype(np.int64), object=np.array([{}, []], object), flat=good.reshape(6, -1),
            first=good.transpose(0, 3, 1, 2), none=good[:0], cut=noise, one=good[:1], other=pictures(6, 16))
     Path('cut.npz').write_bytes(Path('cut.npz').read_bytes()[:4000])
+    with zipfile.ZipFile('huge.npz', 'w') as archive, archive.open('arr_0.npy', 'w') as file:        # or it says so
+        np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=(2, 10**8, 8, 3)))
     np.savez('names.npz', a=good, b=good)
     np.savez('fortran.npz', np.asfortranarray(good))
     np.savez('mu.npz', mu=np.zeros(4), sigma=np.zeros((3, 3)))
@@ -3462,6 +3464,7 @@ def bad_inputs():
     ('float.npz', 'float.npz holds float64 (6, 8, 8, 3), not uint8'), ('int.npz', 'int.npz holds int64'),
     ('object.npz', 'object.npz holds object (2,)'), ('flat.npz', 'holds uint8 (6, 192), not uint8 (N, H, W, 3)'),
     ('first.npz', 'holds uint8 (6, 3, 8, 8)'), ('fortran.npz', 'in Fortran order'),
+    ('huge.npz', 'images of 100000000 x 8 exceed 256 MB'),
     ('none.npz', 'none.npz holds 0 images'), ('cut.npz', 'cut.npz cannot be read'),
     ('names.npz', "names.npz cannot be read: KeyError \"There is no item named 'arr_0.npy'"),
     ('mu.npz', 'mu.npz holds mu (4,), sigma (3, 3)'), ('nanmu.npz', 'not finite statistics'),
