@@ -716,8 +716,9 @@ def train(cfg, data, rank, world, device):
         total[1:3] += torch.stack([torch.where(fine, norm, 0.0), (~fine).float()]) / world      # equal in all processes
         scaler.step(opt)
         scaler.update()
-        for average, decay in loss_fn.averages(ema, step):
-            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+        with torch.no_grad():           # or each average hangs on a graph that grows with every step
+            for average, decay in loss_fn.averages(ema, step):
+                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
         done = step + 1
         save = done % cfg.save_every == 0 or done == cfg.steps

@@ -2009,6 +2009,21 @@ def test_the_loss_falls_on_a_fixed_batch(name):
 
 
 @every_method
+def test_no_average_hangs_on_a_graph_that_grows_with_each_step(name, data, tmp_path, monkeypatch):
+    module, seen = MODULES[name], []
+    averages = module.Loss.averages
+
+    def watched(self, ema, step):
+        pairs = averages(self, ema, step)
+        seen.extend(p for net, _ in pairs for p in net.parameters())
+        return pairs
+
+    monkeypatch.setattr(module.Loss, 'averages', watched)
+    go(name, '--data', data, *TINY, *PHASES[name], '--steps', 9, '--out', tmp_path)
+    assert len(seen) >= 9 and all(p.is_leaf and p.grad_fn is None for p in seen)
+
+
+@every_method
 def test_a_step_sees_the_images_labels_and_flips_that_were_drawn(name, data, tmp_path, monkeypatch):
     module, seen = MODULES[name], []
     forward = module.Loss.forward
