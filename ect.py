@@ -198,14 +198,13 @@ CONFIG = dict(   # (glyphs,   cifar10,     imagenet64,   meaning [source]), or o
 )
 CHOICES = dict(weight=('1/(t-r)', '1/c_out^2'), arch=('ddpmpp', 'edm2'), opt=('RAdam', 'Adam'), anneal=(0, 1),
                amp=('off', 'tf32', 'fp16', 'bf16'), flip=(0, 1), cond=(0, 1), device=('auto', 'cpu'))
-SIGNED = 'P_mean seed label'.split()                    # numbers that may be negative
-POSITIVE = 'steps batch lr lr_warmup P_std ts res ch mult blocks gpus nfe save_every log_every'.split()
+SIGNED = 'P_mean seed label'.split()    # numbers that may be negative
 
 # ==== From here on the scripts are the same, but for networks (ct, ict, scm) and samplers (ct, sct, scm) ====
 
 # ------------------------------------------------------------------------------------------- network
 
-SHAPE = 'arch ch mult blocks attn head_dim'.split()     # the knobs that come with --init
+SHAPE = 'arch ch mult blocks attn head_dim'.split()     # knobs that come with --init
 SAME, DOWN, UP = nn.Identity(), nn.AvgPool2d(2), nn.Upsample(scale_factor=2)
 
 
@@ -872,11 +871,12 @@ def config(argv=None):
 
 def check(cfg):
     """Ends the program where values have no meaning or do not fit each other."""
+    positive = 'steps batch lr res ch mult blocks ts gpus nfe save_every log_every'.split()
     for name, value in vars(cfg).items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, str): continue
-            if math.isnan(number) or number < 0 and name not in SIGNED or number == 0 and name in POSITIVE:
-                stop(f'--{name} {number}: it must be {"above" if name in POSITIVE else "at least"} 0')
+            if math.isnan(number) or number < 0 and name not in SIGNED or number == 0 and name in positive:
+                stop(f'--{name} {number}: it must be {"above" if name in positive else "at least"} 0')
     halvings, save = len(cfg.mult) - 1, Path(cfg.save)
     if cfg.res % 2**halvings: stop(f'--res {cfg.res} cannot be halved {halvings} times: see --mult')
     if cfg.batch < cfg.gpus: stop(f'--batch {cfg.batch}: fewer images than processes, {cfg.gpus}')
