@@ -161,7 +161,7 @@ CONFIG = dict(   # (glyphs,   cifar10,     imagenet64,   meaning [source]), or o
     batch=(      32,          128,         128,          'images per step over all processes [run_ecm.sh]'),
     lr=(         1.2e-3,      1e-4,        1e-3,         'learning rate [run_ecm.sh]'),
     lr_warmup=(  2e-3,        5e-4,        1e-3,         'learning rate of the warm-up'),
-    opt=(        'RAdam',     'RAdam',     'Adam',       'optimiser [run_ecm.sh]'),
+    opt=(        'RAdam',     'RAdam',     'Adam',       'optimiser'),
     beta2=(      0.999,       0.999,       0.99,         'decay of the second moment'),
     t_ref=(      math.inf,    math.inf,    2000,         'lr / sqrt(max(step / t_ref, 1))'),
     anneal=(     1,           0,           0,            '1: lr falls linearly to 0 after the warm-up'),
@@ -189,7 +189,7 @@ CONFIG = dict(   # (glyphs,   cifar10,     imagenet64,   meaning [source]), or o
     blocks=(     1,           4,           3,            'residual blocks per resolution'),
     attn=(       (8,),        (16,),       (16, 8),      'resolutions with attention'),
     head_dim=(   0,           0,           64,           'channels per attention head; 0: one head'),
-    dropout=(    0.0,         0.2,         0.4,          'dropout rate [run_ecm.sh]'),
+    dropout=(    0.0,         0.2,         0.4,          'dropout rate'),
     dropout_res=(math.inf,    math.inf,    16,           'largest resolution with dropout [ct_train.py]'),
     amp=(        'off',       'off',       'tf32',       'precision on a GPU; off: float32. On a CPU: off'),
     seed=(       0,                                      'of all random numbers'),
@@ -262,7 +262,7 @@ class Block(nn.Module):
         x = (h + self.skip(self.resample(x))) * 0.5**0.5
         if self.heads:
             qkv = self.qkv(self.norm2(x))
-            with float32(x): h = attend(qkv.float(), self.heads)
+            with float32(x): h = attend(qkv.to(e.dtype), self.heads)
             x = (self.proj(h) + x) * 0.5**0.5
         return x
 
@@ -368,7 +368,7 @@ class MPBlock(nn.Module):
         if self.heads: self.qkv, self.proj = MPConv(cout, 3 * cout, 1, 1), MPConv(cout, cout, 1, 1)
 
     def forward(self, x, e):
-        x = self.resample(x)
+        with float32(x): x = self.resample(x)                   # as precise as x, not more
         if not self.decoder: x = unit(self.skip(x), 1)
         h = self.conv0(silu(x) / 0.596)
         h = h * (1 + self.affine(e, self.gain)).to(h.dtype)[:, :, None, None]
@@ -665,8 +665,8 @@ def train(cfg, data, rank, world, device):
     for step in range(run.start, cfg.steps):
         total += run.step(step)
         done = step + 1
-        saves, phase_ends = done % cfg.save_every == 0 or done == cfg.steps, run.loss.phase(done)[1] == done
-        if not (saves or phase_ends or done % cfg.log_every == 0): continue
+        saves = done % cfg.save_every == 0 or done == cfg.steps
+        if not (saves or done % cfg.log_every == 0 or run.loss.phase(done)[1] == done): continue
         if world > 1: dist.all_reduce(total[:1])                # the norm is the same in all
         loss, norm = (total / (done - last)).tolist()
         if rank == 0:
@@ -827,7 +827,7 @@ def knobs_of_checkpoint(path, given, fixed, advice):
     for name in given.keys() & fixed & saved['config'].keys():
         if given[name] != saved['config'][name]:
             stop(f'--{name} {given[name]}: it is {saved["config"][name]} in {path}. {advice}')
-    return saved['config']
+    return {knob: value for knob, value in saved['config'].items() if knob in ('data', *CONFIG)}
 
 
 def config(argv=None):

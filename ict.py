@@ -7,50 +7,50 @@ ict.py  Improved consistency training (Song & Dhariwal 2023, arXiv:2310.14189).
 
 Trains f(x_t, t) -> x_eps, the end of the probability-flow ODE, by
 
-    min E  w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),     x_t = x + t z,  x_r = x + r z,     w(t, r) = 1/(t - r),
+    min E  w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),     x_t = x + t z,  x_r = x + r z,
 
-with t > r neighbours on a grid of N noise levels, N doubling as training goes on, t near a lognormal, and d the
-pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c of whole images, c = 0.00054 sqrt(number of values).
-t is the standard deviation of the noise, in units of images in [-1, 1]; eps = 0.002.
+with t > r neighbours on a grid of N noise levels, N doubling as training goes on, t near a lognormal, w =
+1/(t - r), and d = sqrt(|a - b|^2 + c^2) - c for whole images a and b, the pseudo-Huber distance.
+t is the standard deviation of the noise, images being in [-1, 1]; eps = 0.002.
 
     python ict.py                                   # embedded digits from scratch, pictures
     python ict.py --data cifar10 --gpus 8           # the paper's CIFAR-10 recipe
-    python ict.py --data cifar10 --blocks 8 --gpus 8            # iCT-deep
+    python ict.py --data cifar10 --blocks 8 --gpus 8 --out runs/ict-deep            # iCT-deep
+    python ict.py --data datasets/photos.pt         # your own, after: python fid.py --pack photos
     python ict.py --out runs/ict-cifar10 --sample 50000 --nfe 2 --save samples.npz
 
-Differs from ct.py only in: the target is the network itself with the same dropout mask, no average; d and w; the
-lognormal proposal; N doubles in stages; Fourier scale 0.02; dropout; steps, learning rate, batch, EMA, the second noise
-level; no distillation, LPIPS or editing. There is no official code, and the paper's text was not at hand:
+Differs from ct.py only in: the target is the network itself with the same dropout mask, no average; d and w;
+the lognormal proposal; N doubles in stages; Fourier scale 0.02; dropout; steps, learning rate, batch, EMA,
+second noise level; no distillation, LPIPS or editing. There is no official code, and the paper's text was not
+at hand. Choices:
 - From second-hand copies of it: N(k), proposal, d, w, shared masks, Fourier scale, the CIFAR-10 EMA.
-- From memory: learning rate, batch, length, the ImageNet-64 EMA, dropout 0.3 (ImageNet-64: 0.2, on resolutions of 16
-  and below), flips, iCT-deep's 8 blocks. From ECT's code: the second noise levels. From CT's: the sampler.
-- The ImageNet-64 network is a DDPM++, not the paper's ADM; that it runs in fp16 is CT's.
+- From memory: learning rate, batch, length, the ImageNet-64 EMA, dropout 0.3 (ImageNet-64: 0.2, from side 16
+  down), flips, iCT-deep's 8 blocks. From ECT's code: the second noise levels. From CT's: the sampler.
+- ImageNet-64 has a DDPM++, not the paper's ADM; fp16 there is CT's. A step it skips moves the average.
 """
-import argparse, contextlib, copy, csv, glob, hashlib, io, json, logging, math, os, pickle, signal, socket, sys, tarfile
-import time, warnings, zipfile
-from concurrent.futures import ThreadPoolExecutor
+import argparse, contextlib, copy, io, math, os, pickle, sys, tarfile, time, zipfile
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn             # imported after a group exists, it would keep that alive until exit
+import torch.distributed.nn             # imported later, by DistributedDataParallel, it may abort at the end
 import torch.multiprocessing as mp
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.nn.functional import conv2d, conv_transpose2d, grid_sample, affine_grid, avg_pool2d, one_hot, silu
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, one_hot, silu
 
-# ------------------------------------------------------------------------------------------------------ method
+# -------------------------------------------------------------------------------------------- method
 
 SD = 0.5                                # sigma_d, the standard deviation of the data
 EPS = 0.002                             # the smallest noise level
 
 
 def f(net, x, t, labels=None):
-    """Consistency function: x (B, 3, H, W) at noise level t (B,) or (B, 1, 1, 1) -> estimate of x_eps, like x.
+    """Consistency function: x (B, 3, H, W) at noise level t (B,) or (B, 1, 1, 1) -> estimate of x_eps.
 
-    EDM's preconditioning shifted so that f(x, eps) = x [CT, App. C]; net is the raw network F."""
+    EDM's preconditioning, shifted so that f(x, eps) = x [CT, App. C]. net is the raw network F."""
     t = t.to(x).view(-1, 1, 1, 1)
     c_skip = SD**2 / ((t - EPS)**2 + SD**2)
     c_out = (t - EPS) * SD / (t**2 + SD**2).sqrt()
@@ -65,37 +65,40 @@ class Loss(nn.Module):
     def __init__(self, net, cfg, data):
         super().__init__()
         self.net, self.cfg = net, cfg
+        if not 1 <= cfg.s0 <= cfg.s1: stop(f'--s0 {cfg.s0}: it must be from 1 to --s1, {cfg.s1}')
+        if cfg.t_max <= EPS: stop(f'--t_max {cfg.t_max}: the smallest noise level is {EPS}')
 
     def forward(self, x, labels, u, z, step):
-        """x (B, 3, H, W) in [-1, 1], labels (B,) or None, u uniform (B,), z normal like x -> loss per sample (B,)."""
+        """x (B, 3, H, W) in [-1, 1], labels (B,) or None, u uniform (B, 2), z normal like x -> loss (B,)."""
         t, r = self.levels(u, step)
         return self.pair(x, labels, z, t, r, step)
 
     def levels(self, u, step):
-        """u uniform (B,) -> noise levels t > r (B,), float64: neighbours on the grid, each pair with the mass of the
-        lognormal between them."""
+        """u uniform (B, 2), of which column 0 is used -> noise levels t > r (B,), float64: neighbours on the
+        grid, each pair with the mass of the lognormal between them."""
         cfg, N = self.cfg, self.schedule(step)
         sigma = grid(cfg, torch.arange(N, dtype=torch.float64, device=u.device), N)
         mass = torch.special.ndtr((sigma.log() - cfg.P_mean) / cfg.P_std).diff().cumsum(0)
-        n = torch.searchsorted(mass, u.double() * mass[-1], right=True).clamp(max=N - 2)
+        n = torch.searchsorted(mass, u[:, 0] * mass[-1], right=True).clamp(max=N - 2)
         t, r = sigma[n + 1], sigma[n]
         return t, r
 
     def schedule(self, k):
-        """Step k -> N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2 floor(s1 / s0) + 1))"""
+        """Step k -> N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2 floor(s1 / s0) + 1))."""
         cfg = self.cfg
         length = max(1, cfg.steps // (math.log2(cfg.s1 // cfg.s0) + 1))
-        return min(cfg.s0 * 2 ** int(k // length), cfg.s1) + 1
+        return min(cfg.s0 * 2**int(k // length), cfg.s1) + 1
 
     def pair(self, x, labels, z, t, r, step):
         """Weighted distance of f(x_t, t) and its target at r -> (B,)."""
-        w = (1 / (t - r)).to(x, non_blocking=True)              # from float64: t - r is small
-        t, r = (v.to(x, non_blocking=True).view(-1, 1, 1, 1) for v in (t, r))
+        w = (1 / (t - r)).to(x)                                 # from float64: t - r is small
+        t, r = t.to(x).view(-1, 1, 1, 1), r.to(x).view(-1, 1, 1, 1)
         x_t, x_r = x + t * z, x + r * z
         with torch.no_grad(), same_dropout(x): target = f(self.net, x_r, r, labels)
         distance = torch.linalg.vector_norm(f(self.net, x_t, t, labels) - target, dim=(1, 2, 3))
         c = self.cfg.c * x[0].numel()**0.5
-        return w * ((distance**2 + c**2).sqrt() - c)
+        if c: distance = (distance**2 + c**2).sqrt() - c
+        return w * distance
 
     def phase(self, step):
         """-> name, first step, learning rate, images per step"""
@@ -103,11 +106,12 @@ class Loss(nn.Module):
         return 'ict', 0, lr, self.cfg.batch
 
     def optimiser(self, weights, step):
-        """A new one, as a phase begins; its learning rate is set in each step."""
+        """A new one, as the phase of step begins; its learning rate is set in each step."""
         return getattr(torch.optim, self.cfg.opt)(weights, betas=(0.9, self.cfg.beta2), foreach=True)
 
     def begin(self, ema):
-        """Called before the first step."""
+        """Called as a phase begins, which starts from the averaged weights of the last."""
+        self.net.load_state_dict(ema.state_dict())
 
     def averages(self, ema, step):
         """-> [(network that follows self.net, decay)], called after each step."""
@@ -115,73 +119,75 @@ class Loss(nn.Module):
 
 
 def grid(cfg, i, N):
-    """The i-th of N noise levels, i = 0 for eps and N - 1 for t_max [Karras et al. 2022, eq. 5], float64 like i"""
-    low, high = EPS ** (1 / cfg.rho), cfg.t_max ** (1 / cfg.rho)
-    return (low + i / (N - 1) * (high - low)) ** cfg.rho
+    """The i-th of N noise levels, i = 0 for eps and N - 1 for t_max [Karras et al. 2022, eq. 5], like i."""
+    low, high = EPS**(1 / cfg.rho), cfg.t_max**(1 / cfg.rho)
+    return (low + i / (N - 1) * (high - low))**cfg.rho
 
 
-@contextlib.contextmanager
 def same_dropout(x):
-    """The next forward pass on x's device draws the dropout masks that were drawn inside."""
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []): yield
+    """Context: the next forward pass on x's device draws the dropout masks that were drawn inside."""
+    return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
 
 
 @torch.no_grad()
-def sample(net, z, ts, labels=None, noise=None):
-    """Standard normal z (B, 3, H, W) -> images in [-1, 1]: one network evaluation for each noise level in ts, the
-    variance t^2 - eps^2 added between them [CT, Algorithm 1]."""
-    x = f(net, ts[0] * z, torch.full((len(z),), ts[0]), labels).clamp(-1, 1)
-    for i, t in enumerate(ts[1:]):
-        x = x + max(t**2 - EPS**2, 0)**0.5 * (torch.randn_like(z) if noise is None else noise[i])
-        x = f(net, x, torch.full((len(z),), t), labels).clamp(-1, 1)
+def sample(net, z, ts, labels=None, noise=None, cfg=None):
+    """Standard normal z (B, 3, H, W) -> images in [-1, 1]: f at level ts[0] of noise alone, then of its
+    result with fresh noise (B, 3, H, W) of variance t^2 - eps^2 at each further level [CT, Algorithm 1]."""
+    x = 0
+    for i, t in enumerate(ts):
+        if i: z = torch.randn_like(z) if noise is None else noise[i - 1]
+        scale = max(t**2 - EPS**2, 0)**0.5 if i else t
+        x = f(net, x + scale * z, z.new_full((len(z),), t), labels).clamp(-1, 1)
     return x
 
-# ------------------------------------------------------------------------------------------------------ recipe
+# -------------------------------------------------------------------------------------------- recipe
 
-CONFIG = dict(      # (glyphs,    cifar10,      imagenet64,   meaning [source]), or one value for all three
-    steps=(         6500,         400_000,      800_000,      'optimiser steps K [paper]'),
-    batch=(         32,           1024,         4096,         'images per step over all processes [paper]'),
-    lr=(            1.5e-3,       1e-4,         1e-4,         'learning rate [paper]'),
-    opt=(           'RAdam',                                  'optimiser [paper]'),
-    beta2=(         0.999,                                    'second moment decay, in [0, 1)'),
-    anneal=(        1,            0,            0,            '1: lr falls linearly to 0'),
-    ema=(           0.998,        0.99993,      0.99997,      'decay of the average, in [0, 1) [paper]'),
-    clip=(          math.inf,                                 'gradient norm limit'),
-    s0=(            10,                                       'N(0) - 1 [paper]'),
-    s1=(            80,           1280,         1280,         'N(K) - 1 [paper]'),
-    P_mean=(        0.0,          -1.1,         -1.1,         'ln t ~ about N(P_mean, P_std^2); may be negative'),
-    P_std=(         1.6,          2.0,          2.0,          'its standard deviation'),
-    c=(             0.00054,                                  'pseudo-Huber constant / sqrt(values) [paper]; 0: norm'),
-    t_max=(         20.0,         80.0,         80.0,         'largest noise level; the smallest is eps'),
-    rho=(           7.0,                                      'exponent of the grid of noise levels'),
-    ts=(            (20, 1),      (80, 0.821),  (80, 1.526),  'noise levels of the sampler, the first --nfe of them'),
-    init=(          'none',                                   'none, a checkpoint of ours, or EDM .pkl (path, URL)'),
-    res=(           16,           32,           64,           'image side'),
-    flip=(          0,            1,            1,            '1: random horizontal flips'),
-    cond=(          0,            0,            1,            '1: class-conditional'),
-    classes=(       10,           10,           1000,         'classes if conditional (counted in the data)'),
-    arch=(          'ddpmpp',     'ncsnpp',     'ddpmpp',     'network'),
-    fourier=(       0.02,                                     'scale of the time embedding of ncsnpp [paper]'),
-    ch=(            32,           128,          192,          'channels at full resolution'),
-    mult=(          (1, 1, 2),    (2, 2, 2),    (1, 2, 3, 4), 'channel multipliers, full resolution first'),
-    blocks=(        1,            4,            3,            'residual blocks per resolution, < 100'),
-    attn=(          (8,),         (16,),        (32, 16, 8),  'resolutions with attention; 0: none'),
-    head_dim=(      0,            0,            64,           'channels per attention head; 0: one head'),
-    dropout=(       0.0,          0.3,          0.2,          'dropout rate in [0, 1)'),
-    dropout_res=(   math.inf,     math.inf,     16,           'largest resolution with dropout'),
-    amp=(           'off',        'off',        'fp16',       'precision on a GPU; off: float32. On a CPU: off'),
-    seed=(          0,                                        'of all random numbers; may be negative'),
-    save_every=(    1000,         10_000,       10_000,       'steps between checkpoints and sample grids'),
-    log_every=(     50,           100,          100,          'steps between status lines'),
+CONFIG = dict(   # (glyphs,   cifar10,     imagenet64,   meaning [source]), or one value for all three
+    steps=(      6500,        400_000,     800_000,      'optimiser steps K [paper]'),
+    batch=(      32,          1024,        4096,         'images per step over all processes [paper]'),
+    lr=(         1.5e-3,      1e-4,        1e-4,         'learning rate [paper]'),
+    opt=(        'RAdam',                                'optimiser'),
+    beta2=(      0.999,                                  'decay of the second moment'),
+    anneal=(     1,           0,           0,            '1: lr falls linearly to 0'),
+    ema=(        0.998,       0.99993,     0.99997,      'decay of the average [paper]'),
+    clip=(       math.inf,                               'gradient norm limit'),
+    s0=(         10,                                     'N(0) - 1 [paper]'),
+    s1=(         80,          1280,        1280,         'N(K) - 1 [paper]'),
+    P_mean=(     0.0,         -1.1,        -1.1,         'ln t ~ about N(P_mean, P_std^2) [paper]'),
+    P_std=(      1.6,         2.0,         2.0,          'its standard deviation'),
+    c=(          0.00054,                                'pseudo-Huber c / sqrt(values per image) [paper]'),
+    t_max=(      20.0,        80.0,        80.0,         'largest noise level; the smallest is eps'),
+    rho=(        7.0,                                    'exponent of the grid of noise levels'),
+    ts=(         (20, 1),     (80, 0.821), (80, 1.526),  'noise levels of samples, the first --nfe of them'),
+    init=(       'none',                                 'none, our checkpoint, EDM .pkl'),
+    res=(        16,          32,          64,           'image side'),
+    flip=(       0,           1,           1,            '1: random horizontal flips'),
+    cond=(       0,           0,           1,            '1: class-conditional'),
+    classes=(    10,          10,          1000,         'classes if conditional (counted in the data)'),
+    arch=(       'ddpmpp',    'ncsnpp',    'ddpmpp',     'network: this to head_dim come with --init'),
+    ch=(         32,          128,         192,          'channels at full resolution'),
+    mult=(       (1, 1, 2),   (2, 2, 2),   (1, 2, 3, 4), 'channel multipliers, full resolution first'),
+    blocks=(     1,           4,           3,            'residual blocks per resolution'),
+    attn=(       (8,),        (16,),       (32, 16, 8),  'resolutions with attention'),
+    head_dim=(   0,           0,           64,           'channels per attention head; 0: one head'),
+    fourier=(    0.02,                                   'scale of the time embedding of ncsnpp [paper]'),
+    dropout=(    0.0,         0.3,         0.2,          'dropout rate [paper]'),
+    dropout_res=(math.inf,    math.inf,    16,           'largest resolution with dropout'),
+    amp=(        'off',       'off',       'fp16',       'precision on a GPU; off: float32. On a CPU: off'),
+    seed=(       0,                                      'of all random numbers'),
+    save_every=( 1000,        10_000,      10_000,       'steps between checkpoints and sample grids'),
+    log_every=(  50,          100,         100,          'steps between status lines'),
 )
-CHOICES = dict(arch=('ddpmpp', 'ncsnpp'),
-               opt=('RAdam', 'Adam'), amp=('off', 'tf32', 'fp16', 'bf16'), device=('auto', 'cpu'))
+CHOICES = dict(arch=('ddpmpp', 'ncsnpp'), opt=('RAdam', 'Adam'), anneal=(0, 1),
+               amp=('off', 'tf32', 'fp16', 'bf16'), flip=(0, 1), cond=(0, 1), device=('auto', 'cpu'))
+SIGNED = 'P_mean seed label'.split()    # numbers that may be negative
 
-# === From here on the scripts are the same, but for networks (ct, ict; scm), editing (ct), samplers (ect, sct, scm) ===
+# ==== From here on the scripts are the same, but for networks (ct, ict, scm) and samplers (ct, sct, scm) ====
 
-# ----------------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------- network
 
-SHAPE = 'arch ch mult blocks attn head_dim'.split()             # the knobs that come with --init
+SHAPE = 'arch ch mult blocks attn head_dim'.split()     # knobs that come with --init
+SAME, DOWN, UP = nn.Identity(), nn.AvgPool2d(2), nn.Upsample(scale_factor=2)
 
 
 def init(layer, gain=1.0):
@@ -194,171 +200,199 @@ def init(layer, gain=1.0):
 def norm(ch): return nn.GroupNorm(math.gcd(min(32, ch // 4), ch), ch, eps=1e-6)
 
 
-def taps(cfg):
-    """The low-pass filter of the network's resampling, of sum 1."""
-    return torch.tensor([1, 3, 3, 1]) / 8 if cfg.arch == 'ncsnpp' else torch.tensor([1, 1]) / 2
+def float32(x):
+    """Context in which layers compute in float32 whatever --amp is."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
-def resample(x, taps, up, pad):
-    """Up or down by two with the separable low-pass filter whose taps (of sum 1) are given."""
-    kernel, conv = (4 * taps.outer(taps), conv_transpose2d) if up else (taps.outer(taps), conv2d)
-    return conv(x, kernel.expand(x.shape[1], 1, -1, -1), stride=2, padding=pad, groups=x.shape[1])
+def attend(qkv, heads, normalise=SAME):
+    """Self-attention, qkv (B, 3 C, H, W) -> (B, C, H, W). Fused kernels would have no forward mode."""
+    B, C, H, W = qkv.shape
+    q, k, v = normalise(qkv.reshape(B * heads, C // 3 // heads, 3, H * W)).unbind(2)
+    w = torch.einsum('bcq,bck->bqk', q, k / q.shape[1]**0.5).softmax(-1)
+    return torch.einsum('bqk,bck->bcq', w, v).reshape(B, C // 3, H, W)
+
+
+def class_vector(labels, classes, e):
+    """Labels (B,) -> one-hot vectors (B, classes) like e, of mean square 1; None, no class -> zeros."""
+    return e.new_zeros(1, classes) if labels is None else one_hot(labels, classes).to(e) * classes**0.5
 
 
 class Block(nn.Module):
-    """EDM's residual block with optional resampling (turn 'up' or 'down') and self-attention."""
+    """EDM's residual block, with optional resampling and attention. e: the embedding of t and class."""
 
-    def __init__(self, cin, cout, cfg, res, attention=False, turn=None):
+    def __init__(self, cfg, cin, cout, res, attention=False, resample=SAME):
         super().__init__()
-        self.cin, self.cout, self.turn = cin, cout, turn
-        self.heads = attention and (max(1, cout // cfg.head_dim) if cfg.head_dim else 1)
-        self.register_buffer('taps', taps(cfg), persistent=False)
+        self.cout, self.resample = cout, resample
+        self.takes_skip, self.heads = False, attention and max(1, cout // (cfg.head_dim or cout))
         self.norm0 = norm(cin)
         self.conv0 = init(nn.Conv2d(cin, cout, 3, padding=1))
         self.affine = init(nn.Linear(4 * cfg.ch, cout))
         self.norm1 = norm(cout)
-        self.dropout = nn.Dropout(cfg.dropout) if res <= cfg.dropout_res else nn.Identity()
+        self.dropout = nn.Dropout(cfg.dropout) if res <= cfg.dropout_res else SAME
         self.conv1 = init(nn.Conv2d(cout, cout, 3, padding=1), 1e-5)
-        self.skip = init(nn.Conv2d(cin, cout, 1)) if cin != cout or turn else nn.Identity()
+        self.skip = SAME if cin == cout and resample is SAME else init(nn.Conv2d(cin, cout, 1))
         if attention:
             self.norm2 = norm(cout)
             self.qkv = init(nn.Conv2d(cout, 3 * cout, 1), 0.2**0.5)
             self.proj = init(nn.Conv2d(cout, cout, 1), 1e-5)
 
     def forward(self, x, e):
-        h = silu(self.norm0(x))
-        if self.turn: h, x = (resample(v, self.taps, self.turn == 'up', (len(self.taps) - 1) // 2) for v in (h, x))
-        h = self.conv0(h) + self.affine(e)[:, :, None, None]
+        with float32(x): shift = self.affine(e)[:, :, None, None]
+        h = self.conv0(self.resample(silu(self.norm0(x)))) + shift
         h = self.conv1(self.dropout(silu(self.norm1(h))))
-        x = (h + self.skip(x)) * 0.5**0.5
-        if self.heads:                  # explicit softmax: fused kernels have no forward mode, for scm.py
-            B, C, H, W = x.shape
-            q, k, v = self.qkv(self.norm2(x)).reshape(B * self.heads, C // self.heads, 3, H * W).unbind(2)
-            w = torch.einsum('bcq,bck->bqk', q, k / (C // self.heads)**0.5).softmax(-1)
-            x = (self.proj(torch.einsum('bqk,bck->bcq', w, v).reshape(B, C, H, W)) + x) * 0.5**0.5
+        x = (h + self.skip(self.resample(x))) * 0.5**0.5
+        if self.heads:
+            qkv = self.qkv(self.norm2(x))
+            with float32(x): h = attend(qkv.to(e.dtype), self.heads)
+            x = (self.proj(h) + x) * 0.5**0.5
         return x
 
 
-class Residual(nn.Conv2d):
-    """NCSN++'s second input: the image, or what the layer of this kind above returned, brought to half the side and
-    added to the features."""
+class Body(nn.Module):
+    """What DDPM++ and EDM2's network share: an encoder, and a decoder that joins the encoder's outputs."""
 
-    def __init__(self, cin, cout, cfg):
-        super().__init__(cin, cout, 3, padding=2)               # the filter has no padding of its own
-        self.register_buffer('taps', taps(cfg), persistent=False)
+    def build(self, cfg, first, ch, block, decoder_block, attend_in_all):
+        """first: a layer with ch outputs. attend_in_all: in all decoder blocks of a level, or in the last."""
+        levels = [(cfg.res >> i, int(cfg.ch * m)) for i, m in enumerate(cfg.mult)]
+        lowest = levels[-1][0]
+        self.enc, self.dec, skips = nn.ModuleList([first]), nn.ModuleList(), [ch]
+        for res, width in levels:
+            if res < cfg.res: self.enc.append(block(cfg, ch, ch, res, resample=DOWN))
+            for _ in range(cfg.blocks):
+                self.enc.append(block(cfg, ch, width, res, res in cfg.attn))
+                ch = width
+        skips += [layer.cout for layer in self.enc[1:]]
+        self.dec += [decoder_block(cfg, ch, ch, lowest, True), decoder_block(cfg, ch, ch, lowest)]
+        for res, width in reversed(levels):
+            if res > lowest: self.dec.append(decoder_block(cfg, ch, ch, res, resample=UP))
+            for i in range(cfg.blocks + 1):
+                attention = res in cfg.attn and (attend_in_all or i == cfg.blocks)
+                self.dec.append(decoder_block(cfg, ch + skips.pop(), width, res, attention))
+                self.dec[-1].takes_skip = True
+                ch = width
 
-    def forward(self, aux, x):
-        return (x + resample(super().forward(aux), self.taps, False, 0)) * 0.5**0.5
+    def run(self, x, e):
+        """x: what the first layer reads; e: the embedding of t and class -> the last block's output."""
+        skips = [self.enc[0](x)]
+        for block in self.enc[1:]: skips.append(block(skips[-1], e))
+        x = skips[-1]
+        for block in self.dec:
+            if block.takes_skip: x = self.join(x, skips.pop())
+            x = block(x, e)
+        return x
 
 
-class UNet(nn.Module):
-    """EDM's DDPM++ or NCSN++ [Song et al. 2021; EDM networks.py SongUNet] without augmentation input:
-    (x (B, 3, H, W), c_noise (B,), labels (B,) or None) -> (B, 3, H, W). cfg: SHAPE, res, cond, classes,
-    dropout, dropout_res. Parameters stand in the order of EDM's, so its weights load by position."""
+class DDPMpp(Body):
+    """EDM's DDPM++ [networks.py SongUNet] without augmentation input: (x (B, 3, H, W), c_noise (B,), labels
+    (B,) or None) -> (B, 3, H, W). Its parameters stand in the order of EDM's, to be loaded by position."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, emb, ncsnpp = cfg, 4 * cfg.ch, cfg.arch == 'ncsnpp'
-        half = cfg.ch if ncsnpp else cfg.ch // 2
-        self.scale = 2 * math.pi if ncsnpp else 1.0
-        freqs = torch.randn(half) * cfg.fourier if ncsnpp else 1e4 ** (-torch.arange(half) / (half - 1))
-        self.register_buffer('freqs', freqs, persistent=ncsnpp)
-        self.classes = cfg.classes if cfg.cond else 0
-        if self.classes: self.map_label = init(nn.Linear(self.classes, 2 * half))
-        self.map0, self.map1 = init(nn.Linear(2 * half, emb)), init(nn.Linear(emb, emb))
-
-        widths, ch = [int(cfg.ch * m) for m in cfg.mult], cfg.ch
-        self.enc, self.dec, aux = nn.ModuleList([init(nn.Conv2d(3, ch, 3, padding=1))]), nn.ModuleList(), 3
-        for level, width in enumerate(widths):
-            res = cfg.res >> level
-            if level: self.enc.append(Block(ch, ch, cfg, res, turn='down'))
-            if level and ncsnpp:
-                self.enc.append(init(Residual(aux, ch, cfg)))
-                aux = ch
-            for _ in range(cfg.blocks):
-                self.enc.append(Block(ch, width, cfg, res, res in cfg.attn))
-                ch = width
-        skips = [cfg.ch, *(layer.cout for layer in self.enc if isinstance(layer, Block))]
-        for level, width in reversed(list(enumerate(widths))):
-            res = cfg.res >> level
-            if level == len(widths) - 1: self.dec += [Block(ch, ch, cfg, res, True), Block(ch, ch, cfg, res)]
-            else: self.dec.append(Block(ch, ch, cfg, res, turn='up'))
-            for i in range(cfg.blocks + 1):
-                self.dec.append(Block(ch + skips.pop(), width, cfg, res, i == cfg.blocks and res in cfg.attn))
-                ch = width
+        self.cfg, self.classes, ch = cfg, cfg.classes if cfg.cond else 0, cfg.ch
+        self.register_buffer('freqs', 1e4 ** (-torch.arange(ch // 2) / (ch // 2 - 1)), persistent=False)
+        if self.classes: self.map_label = init(nn.Linear(self.classes, ch))
+        self.map0, self.map1 = init(nn.Linear(ch, 4 * ch)), init(nn.Linear(4 * ch, 4 * ch))
+        self.build(cfg, init(nn.Conv2d(3, ch, 3, padding=1)), ch, Block, Block, attend_in_all=False)
+        ch = self.dec[-1].cout
         self.norm, self.out = norm(ch), init(nn.Conv2d(ch, 3, 3, padding=1), 1e-5)
 
-    def forward(self, x, c_noise, labels=None):
-        with torch.autocast(x.device.type, enabled=False):     # the embedding stays in float32
-            a = torch.outer(c_noise.to(x), self.scale * self.freqs)
-            e = torch.cat([a.sin(), a.cos()], 1)
-            if self.classes: e = e + self.map_label(one_hot(labels, self.classes).to(x) * self.classes**0.5)
-            e = silu(self.map1(silu(self.map0(e))))
-        skips, aux = [self.enc[0](x)], x
-        for layer in self.enc[1:]:
-            if isinstance(layer, Residual): aux = skips[-1] = layer(aux, skips[-1])
-            else: skips.append(layer(skips[-1], e))
-        x = skips[-1]
-        for layer in self.dec:
-            if layer.cin != x.shape[1]: x = torch.cat([x, skips.pop()], 1)
-            x = layer(x, e)
-        return self.out(silu(self.norm(x))).to(a.dtype)
+    def join(self, x, skip): return torch.cat([x, skip], 1)
 
-# -------------------------------------------------------------------------------------------------------- data
+    def forward(self, x, c_noise, labels=None):
+        with float32(x):
+            a = torch.outer(c_noise.to(x), self.freqs)
+            e = torch.cat([a.sin(), a.cos()], 1)
+            if self.classes: e = e + self.map_label(class_vector(labels, self.classes, e))
+            e = silu(self.map1(silu(self.map0(e))))
+        return self.out(silu(self.norm(self.run(x, e)))).to(e.dtype)
+
+
+PAIRS = nn.AvgPool2d(2, stride=1)       # means of neighbours: three times over, the filter [1, 3, 3, 1] / 8
+PADDED = nn.AvgPool2d(2, stride=1, padding=1)
+FILTERED = {SAME: SAME, DOWN: nn.Sequential(PADDED, PAIRS, DOWN), UP: nn.Sequential(UP, PADDED, PAIRS)}
+
+
+class NCSNpp(DDPMpp):
+    """EDM's NCSN++, as above. It differs in random frequencies, in the filter of its resampling, and in aux:
+    where the side halves, the image is added, or what the last such sum was."""
+
+    def __init__(self, cfg):
+        Body.__init__(self)             # not DDPM++'s
+        self.cfg, self.classes, ch = cfg, cfg.classes if cfg.cond else 0, cfg.ch
+        self.register_buffer('freqs', cfg.fourier * torch.randn(ch))
+        if self.classes: self.map_label = init(nn.Linear(self.classes, 2 * ch))
+        self.map0, self.map1 = init(nn.Linear(2 * ch, 4 * ch)), init(nn.Linear(4 * ch, 4 * ch))
+        self.aux_ch = 3
+        self.build(cfg, init(nn.Conv2d(3, ch, 3, padding=1)), ch, self.block, self.block, attend_in_all=False)
+        ch = self.dec[-1].cout
+        self.norm, self.out = norm(ch), init(nn.Conv2d(ch, 3, 3, padding=1), 1e-5)
+
+    def block(self, *args, resample=SAME):
+        block = Block(*args, resample=FILTERED[resample])
+        if resample is DOWN:
+            conv = init(nn.Conv2d(self.aux_ch, block.cout, 3, padding=2))
+            block.aux, self.aux_ch = nn.Sequential(conv, PAIRS, PAIRS, DOWN), block.cout
+        return block
+
+    def run(self, x, e):
+        skips, aux = [self.enc[0](x)], x
+        for block in self.enc[1:]:
+            x = block(skips[-1], e)
+            if hasattr(block, 'aux'): x = aux = (x + block.aux(aux)) * 0.5**0.5
+            skips.append(x)
+        for block in self.dec:
+            if block.takes_skip: x = self.join(x, skips.pop())
+            x = block(x, e)
+        return x
+
+    def forward(self, x, c_noise, labels=None): return super().forward(x, 2 * math.pi * c_noise, labels)
+
+
+def UNet(cfg):
+    """The raw network F of cfg.arch."""
+    return (NCSNpp if cfg.arch == 'ncsnpp' else DDPMpp)(cfg)
+
+# ---------------------------------------------------------------------------------------------- data
+
+DATA = ('glyphs', 'cifar10', 'imagenet64')
+CIFAR = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+CIFAR_SHA256 = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
+
 
 @contextlib.contextmanager
 def reading(file, advice=''):
-    """Whatever fails in here, while a file of unknown content is read, ends the program with one line about it, without
-    the warnings that libraries give before."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        try: yield
-        except Exception as error: stop(f'{file} cannot be read: {type(error).__name__} {str(error)[:300]}{advice}')
+    """Whatever fails in here, where a file of unknown content is read, ends the program with one line; with
+    DEBUG in the environment, with Python's traceback."""
+    try: yield
+    except Exception as error:
+        if 'DEBUG' in os.environ: raise
+        stop(f'{file} cannot be read: {type(error).__name__} {str(error)[:300]}{advice}')
+
+
+@contextlib.contextmanager
+def written(path):
+    """An open file, which takes path's place when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.part')
+    try:
+        with open(part, 'wb') as file: yield file
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
 
 
 def fetch(url, sha256=None):
-    """Path of the file at url in ./datasets, downloaded if it is not there; its sha256 is checked always."""
+    """Path of the file at url, in ./datasets, downloaded if it is not there."""
     path = Path('datasets', url.rsplit('/', 1)[1])
-    if not path.exists():
-        print(f'fetching {url} to {path}', file=sys.stderr, flush=True)
-        with reading(url, f': put it at {path}'):
-            path.parent.mkdir(exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
-    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        stop(f'{path} is damaged, its sha256 is not {sha256}: delete it and start again')
+    path.parent.mkdir(exist_ok=True)
+    with reading(url, f': put it at {path}'):
+        if not path.exists(): torch.hub.download_url_to_file(url, str(path), sha256)
     return path
 
 
-def pictures(path):
-    """A folder or .zip of pictures, or CIFAR-10's binary .tar.gz -> names, sorted; a function from a name to its PIL
-    Image; labels (N,), of EDM's dataset.json or else of the top folders in order if there are several, or None"""
-    path, classes = Path(path), {}
-    if path.name.endswith('.tar.gz'):
-        with tarfile.open(path) as archive:
-            batches = sorted((m for m in archive if Path(m.name).match('data_batch_*.bin')), key=lambda m: m.name)
-            if not batches: raise ValueError('it holds no data_batch_*.bin: take the binary version of CIFAR-10')
-            rows = np.frombuffer(b''.join(archive.extractfile(m).read() for m in batches), np.uint8).reshape(-1, 3073)
-            while archive.fileobj.read(2**20): pass             # to its end, where gzip's checksum is
-        planes = rows[:, 1:].reshape(-1, 3, 32, 32)
-        return range(len(rows)), lambda i: Image.fromarray(planes[i].transpose(1, 2, 0)), rows[:, 0]
-    kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
-    formats = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()          # whatever a file is called: PostScript is a program
-    archive = None if path.is_dir() else zipfile.ZipFile(path)
-    if archive and any(i.file_size > 2**28 for i in archive.infolist()): raise ValueError('a member exceeds 256 MB')
-    files = archive.namelist() if archive else [p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file()]
-    content = archive.read if archive else lambda name: (path / name).read_bytes()
-    names = sorted(n for n in files if Path(n).suffix.lower() in kinds and Path(n).name[0] != '.')
-    if not names: raise ValueError(f'it holds no pictures ({" ".join(kinds)})')
-    if 'dataset.json' in files: classes = dict(json.loads(content('dataset.json'))['labels'] or [])
-    labels = np.array([classes[name] for name in names]) if classes else None
-    tops = [os.path.dirname(name).split('/')[0] for name in names]
-    if 'dataset.json' not in files and len(set(tops)) > 1: labels = np.unique(tops, return_inverse=True)[1]
-    return names, lambda name: Image.open(io.BytesIO(content(name)), formats=formats), labels
-
-
 def glyphs(res=16, n=20_000, seed=0):
-    """n digits in Pillow's built-in font, in random pose, size, place and colours, light on dark: a function of seed.
-    -> images uint8 (n, 3, res, res), labels int64 (n,)"""
+    """n digits in Pillow's built-in font, in random pose, size, place and colours, light on dark: a function
+    of seed. -> images uint8 (n, 3, res, res), labels int64 (n,)"""
     font, masks, g = ImageFont.load_default(size=36), [], torch.Generator().manual_seed(seed)
     for digit in '0123456789':
         canvas = Image.new('L', (48, 48))
@@ -369,345 +403,235 @@ def glyphs(res=16, n=20_000, seed=0):
     angle, shear, size, dx, dy = (torch.rand(5, n, generator=g) * 2 - 1) * spread
     cos, sin = 0.7 * size.exp() * angle.cos(), 0.7 * size.exp() * angle.sin()
     pose = torch.stack([cos, shear * cos - sin, dx, sin, shear * sin + cos, dy], 1).view(n, 2, 3)
-    ink = torch.cat([grid_sample(masks[l], affine_grid(p, (len(l), 1, 2 * res, 2 * res), False), align_corners=False)
-                     for l, p in zip(labels.split(2000), pose.split(2000))])
+    ink = [grid_sample(masks[l], affine_grid(p, (len(l), 1, 2 * res, 2 * res), False), align_corners=False)
+           for l, p in zip(labels.split(2000), pose.split(2000))]
     ground, stroke = 0.4 * torch.rand(n, 3, 1, 1, generator=g), 1 - 0.4 * torch.rand(n, 3, 1, 1, generator=g)
-    images = torch.lerp(ground, stroke, avg_pool2d(ink, 2))
+    images = torch.lerp(ground, stroke, avg_pool2d(torch.cat(ink), 2))
     return (images * 255).round().to(torch.uint8), labels
 
 
-def crop(image, res):
-    """ADM's crop: halved by a box filter while twice too large, then bicubic to the shorter side, the middle of it."""
-    while min(image.size) >= 2 * res: image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = res / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - res) // 2, (image.height - res) // 2
-    return image.crop((left, top, left + res, top + res))
+def cifar10():
+    """CIFAR-10's training images and labels, from its binary archive."""
+    with reading(path := fetch(CIFAR, CIFAR_SHA256)), tarfile.open(path) as tar:
+        batches = [tar.extractfile(f'cifar-10-batches-bin/data_batch_{i}.bin').read() for i in range(1, 6)]
+    rows = torch.frombuffer(bytearray(b''.join(batches)), dtype=torch.uint8).view(-1, 3073)
+    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
 
 
-def stamp(path):
-    """Text that changes with a file, or with the entries of a folder; what lies deeper in it is not looked at."""
-    stats = [path.stat(), *(p.lstat() for p in (sorted(path.iterdir()) if path.is_dir() else []))]
-    return hashlib.sha256(repr([(s.st_mtime_ns, s.st_size) for s in stats]).encode()).hexdigest()
+def data_file(path):
+    """What torch.save((images, labels), path) wrote: images uint8 (N, 3, res, res), which stay on the disk,
+    and labels int64 (N,) or None."""
+    if path.exists() and path.suffix != '.pt':
+        stop(f'{path} is no data file. Make one: python fid.py --pack {path}, which names the next command')
+    with reading(path, f'; --data is {", ".join(DATA)}, or a .pt file that python fid.py --pack PATH makes'):
+        images, labels = torch.load(path, mmap=True, weights_only=True)
+        n, res = len(images), images.shape[-1]
+        found = [(v.dtype, v.shape) for v in (images, labels) if v is not None]
+        if found != [(torch.uint8, (n, 3, res, res)), (torch.int64, (n,))][:len(found)]:
+            raise ValueError(f'its images and labels are {found}')
+    return images, labels
 
 
-def decoded(path, res='*'):
-    """What decode() left for path as it is now: images (N, 3, res, res), mapped, not read, and its notes; or None."""
-    for folder in (path.parent, Path('datasets')):
-        for file in folder.glob(f'{glob.escape(path.name)}.{res}.decoded'):
-            with reading(file, ': delete it'):
-                images = np.load(file, mmap_mode='c')
-                notes = json.loads(np.fromfile(file, np.uint8, offset=images.offset + images.nbytes).tobytes())
-            if notes['stamp'] == stamp(path): return torch.from_numpy(images), notes
-    return None
-
-
-def decode(path, res):
-    """Writes <path>.<res>.decoded, or, where that folder is read-only, the same in ./datasets, whole or not at all: the
-    pictures of path as a .npy (N, 3, res, res), and behind it notes in JSON -> what decoded() returns. Pictures other
-    than squares of that side are cropped; transparent parts become white."""
-    with reading(path):
-        before, (names, picture, labels) = stamp(path), pictures(path)
-        with reading(f'{path}/{names[0]}'): side = min(picture(names[0]).size)
-    if labels is not None and (labels.dtype.kind not in 'iu' or labels.ndim > 1 or not
-                               0 <= labels.min() <= labels.max() < 100_000):
-        stop(f'{path}: its labels must be whole numbers from 0 to 99,999')
-
-    def pixels(name):
-        image = picture(name)
-        deep = ';16' in str(getattr(image, 'tile', ''))
-        if deep or image.mode not in ('RGB', '1', 'L', 'P', 'LA', 'PA', 'RGBA', 'CMYK'):
-            raise ValueError(f'a {image.mode} picture{" of 16 bits" * deep}: convert it to 8-bit RGB')
-        if image.mode != 'RGB':
-            image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-        return image.size != (res, res), np.asarray(crop(image, res)).transpose(2, 0, 1).tobytes()
-
-    folder = path.parent if os.access(path.parent, os.W_OK) else Path('datasets')
-    folder.mkdir(exist_ok=True)
-    whole = folder / f'{path.name}.{res}.decoded'
-    part, cropped = Path(f'{whole}.{socket.gethostname()}-{os.getpid()}.part'), 0
-    leave = lambda number, frame: stop(f'stopped by a signal while it decoded {path}', 128 + number)
-    handlers = {s: signal.signal(s, leave) for s in (signal.SIGINT, signal.SIGTERM)}
-    start = told = time.time()
-    try:
-        with open(part, 'wb') as file, ThreadPoolExecutor() as pool:
-            shape = len(names), 3, res, res
-            np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=shape))
-            for first in range(0, len(names), 256):
-                rows = pool.map(pixels, names[first:first + 256])
-                for name in names[first:first + 256]:
-                    with reading(f'{path}/{name}'): other, row = next(rows)
-                    cropped += other
-                    file.write(row)
-                if time.time() > told + 10:
-                    told, done = time.time(), min(first + 256, len(names))
-                    left = timedelta(seconds=round((told - start) * (len(names) / done - 1)))
-                    print(f'{path}: {done} of {len(names)} pictures decoded, {left} left', file=sys.stderr, flush=True)
-            notes = dict(stamp=before, side=side, labels=None if labels is None else labels.tolist())
-            file.write(json.dumps(notes).encode())
-        if not decoded(path, res): os.replace(part, whole)     # else a run that was faster may have its own mapped
-    finally:
-        part.unlink(missing_ok=True)
-        for s, handler in handlers.items(): signal.signal(s, handler)
-    if cropped: print(f'{path}: {cropped} of {len(names)} pictures cropped and resized to side {res}')
-    return decoded(path, res) or stop(f'{path} changed while it was read: start again')
-
-
-def look(path):
-    """-> side of the first picture of a path, whether they have labels."""
-    found = decoded(path)
-    if found: return found[1]['side'], found[1]['labels'] is not None
-    names, picture, labels = pictures(path)
-    with reading(f'{path}/{names[0]}'): return min(picture(names[0]).size), labels is not None
+def classes_in(labels):
+    """How many classes labels (N,) name, or 0 if not each of 0, 1, ... to the highest is there."""
+    if labels is None or not torch.equal(labels.unique(), torch.arange(labels.max() + 1)): return 0
+    return int(labels.max()) + 1
 
 
 def load_data(cfg):
-    """-> images uint8 (N, 3, res, res), labels int64 (N,) or None (None if cfg.cond is 0)."""
-    path = cfg.data
-    if path == 'cifar10': path = fetch('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
-                                       'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
-    if path == 'imagenet64':            # the class folders of ILSVRC2012, or EDM2's dataset_tool.py's .zip of them
-        path = 'datasets/imagenet64' if Path('datasets/imagenet64').is_dir() else 'datasets/img64.zip'
-    if path == 'glyphs': images, labels = glyphs(cfg.res)
-    else:
-        path = Path(os.path.abspath(path))
-        with reading(path): found = decoded(path, cfg.res)
-        images, notes = found or decode(path, cfg.res)
-        labels = None if notes['labels'] is None else torch.tensor(notes['labels'])
-    if cfg.cond and labels is None: stop(f'{path} has no labels, in dataset.json or by class folders: use --cond 0')
-    return images, labels if cfg.cond else None
+    """-> images uint8 (N, 3, res, res), labels int64 (N,) or, if cfg.cond is 0, None."""
+    if cfg.data == 'glyphs': images, labels = glyphs(cfg.res)
+    elif cfg.data == 'cifar10': images, labels = cifar10()
+    else: images, labels = data_file(Path('datasets/imagenet64.pt' if cfg.data == 'imagenet64' else cfg.data))
+    if images.shape[2] != cfg.res: stop(f'--res {cfg.res}: the images of {cfg.data} are of {images.shape[2]}')
+    if not cfg.cond: return images, None
+    if classes_in(labels) != cfg.classes:
+        stop(f'{cfg.data} has no labels, or not all of 0, 1, ... to {cfg.classes - 1}: use --cond 0')
+    return images, labels
 
-# ---------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------ training
 
 def seed_of(cfg, stream, i):
-    """Seed of the random numbers of step (or image) i. Streams: 0 samples, 1 and 2 training, 3 + rank dropout."""
-    return (1000 * cfg.seed + stream) * 100_000_007 + i
+    """Seed for step (or image) i. Streams: 0 samples, 1 and 2 training, 3 + rank dropout."""
+    return ((1000 * cfg.seed + stream) * 100_000_007 + i) % 2**64
 
 
-def draw(cfg, n, batch, step):
-    """What a step draws on the host, for the whole batch and whatever the processes: image numbers, u, flips."""
+def draw(cfg, data, batch, step, rank, world, device):
+    """What a step trains on: x in [-1, 1], labels or None, u, z, on the device. All processes draw the whole
+    batch, a function of (seed, step), and each takes every world-th row of it."""
+    def sent(v): return v.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else v
+
+    images, labels = data
     g = torch.Generator().manual_seed(seed_of(cfg, 1, step))
-    index, u = torch.randint(n, (batch,), generator=g), torch.rand(batch, generator=g, dtype=torch.float64)
-    return index, u, torch.rand(batch, generator=g) < 0.5 * cfg.flip
-
-
-def draw_z(cfg, batch, step, device):
-    """The noise of a step, likewise, on the device."""
+    index = torch.randint(len(images), (batch,), generator=g)
+    u0 = torch.rand(batch, generator=g, dtype=torch.float64)
+    flip = torch.rand(batch, generator=g) < 0.5 * cfg.flip
+    u1 = torch.rand(batch, generator=g, dtype=torch.float64)
     g = torch.Generator(device).manual_seed(seed_of(cfg, 2, step))
-    return torch.randn(batch, 3, cfg.res, cfg.res, generator=g, device=device)
+    z = torch.randn(batch, 3, cfg.res, cfg.res, generator=g, device=device)
+    index, u, flip, z = (v[rank::world] for v in (index, torch.stack([u0, u1], 1), flip, z))
+    x = sent(images[index]).float() / 127.5 - 1
+    x = torch.where(sent(flip).view(-1, 1, 1, 1), x.flip(3), x)
+    return x, sent(labels[index]) if cfg.cond else None, sent(u), z
 
 
-def ahead(make, steps):
-    """make(step) for each step in turn; a thread makes the next while the caller works with this one."""
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(make, steps[0])
-        for step in steps[1:]:
-            made, job = job.result(), pool.submit(make, step)
-            yield made
-        yield job.result()
+def autocast(cfg, device):
+    """Context of a forward pass with --amp. No cache: before torch 2.11 the student would find in it weights
+    that were cast for its target, without a graph."""
+    dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(cfg.amp)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def load(path):
-    """What torch.save wrote, as plain data, and only if its checksums are right: torch does not look at them."""
-    if zipfile.ZipFile(path).testzip(): raise zipfile.BadZipFile('wrong checksum')
-    return torch.load(path, map_location='cpu', weights_only=True)
-
-
-def read_checkpoint(out):
-    """The run's checkpoint, this script's, or None: a dict of method, step, config, loss, ema, opt, scaler."""
-    path = Path(out, 'latest.pt')
-    if not os.path.exists(path): return None
-    with reading(path, ': move it away, or give another --out'):
-        saved = load(path)
-        if saved['method'] != METHOD: stop(f'{out} is a run of {saved["method"]}.py: give another --out')
-        step, recipe = int(saved['step']), saved['config']      # the knobs and nothing else: not --save, say
-        recipe = {k: type(v[0])(recipe[k]) for k, v in CONFIG.items()} | dict(data=recipe['data'])
-        check(recipe, f'{path}: ')
-        if step < 0: raise ValueError(f'its step is {step}')
-    return saved | dict(step=step, config=recipe)
-
-
-def write(path, writer):
-    """The whole file or nothing: writer fills a temporary file, which then takes path's place."""
-    part = Path(f'{path}.part')
-    try:
-        with open(part, 'wb') as file: writer(file)
-        os.replace(part, path)
-    except RuntimeError as error: raise OSError(f'{path}: {error.__context__ or error}')     # torch.save, disk full
-    finally: part.unlink(missing_ok=True)
-
-
-def donor(path):
-    """What --init names, a .pkl or the checkpoint of any of the scripts: its knobs (a dict) and averaged weights."""
-    with reading(path):
-        if path.endswith('.pkl'): net = load_edm(path)
-        else:
-            saved = load(path)
-            return saved['config'], saved['ema']
-    return vars(net.cfg), net.state_dict()
+    """A checkpoint of any of the scripts; of an EDM .pkl its config and weights (ema)."""
+    with reading(path, '; a checkpoint of ours is expected, or a .pkl of EDM, EDM2, ECT or TCM'):
+        if str(path).endswith('.pkl'):
+            net = load_edm(path)
+            return dict(config=vars(net.cfg), ema=net.state_dict())
+        if zipfile.ZipFile(path).testzip(): raise ValueError('it is damaged')   # torch does not look
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        if not {'config', 'ema'} <= set(saved): raise ValueError('it holds no config and ema')
+    return saved
 
 
 def new_network(cfg):
     """A fresh UNet, or the one that --init names, whose shape then enters cfg."""
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed % 2**64)
     if cfg.init == 'none': return UNet(cfg)
-    knobs, state = donor(cfg.init)
-    with reading(cfg.init):
-        shape = {name: knobs[name] for name in SHAPE}
-        check(shape, f'{cfg.init}: ')
-        vars(cfg).update(shape)
-        net = UNet(cfg)
-        net.load_state_dict(state)
+    saved = load(cfg.init)
+    classes, theirs = (knobs['classes'] * knobs['cond'] for knobs in (vars(cfg), saved['config']))
+    if classes != theirs: stop(f'--init {cfg.init} knows {theirs} classes, this run {classes}: see --cond')
+    vars(cfg).update({knob: saved['config'][knob] for knob in SHAPE})
+    net = UNet(cfg)
+    with reading(cfg.init, f'; does --res {cfg.res} fit it?'): net.load_state_dict(saved['ema'])
     return net
 
 
-def autocast(cfg, device):
-    """The context of a forward pass with --amp."""
-    dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(cfg.amp)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+class Run:
+    """What one process of a training run holds: the networks, the loss, the optimiser."""
+
+    def __init__(self, cfg, data, rank, world, device):
+        """From the checkpoint in cfg.out, or else from the start."""
+        latest = Path(cfg.out, 'latest.pt')
+        saved = load(latest) if latest.exists() else None
+        self.cfg, self.data, self.rank, self.world, self.device = cfg, data, rank, world, device
+        self.net = (UNet(cfg) if saved else new_network(cfg)).to(device)
+        self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
+        self.loss = Loss(self.net, cfg, data).to(device)
+        self.weights = [p for p in self.loss.parameters() if p.requires_grad]
+        self.start, self.log = (saved['step'], saved['log']) if saved else (0, '')
+        self.opt = self.loss.optimiser(self.weights, self.start)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16')
+        if saved:
+            self.loss.load_state_dict(saved['loss'])
+            self.ema.load_state_dict(saved['ema'])
+            self.opt.load_state_dict(saved['opt'])
+            if saved['scaler']: self.scaler.load_state_dict(saved['scaler'])    # it is empty without fp16
+        if cfg.compile: self.net.compile(dynamic=False)
+        self.parallel_loss = nn.parallel.DistributedDataParallel(self.loss) if world > 1 else self.loss
+        self.parallel_loss.broadcast_buffers = False            # they are the same in all processes
+
+    def step(self, step):
+        """One optimiser step -> loss and norm of the gradient, on the device, (2,). Nothing in it waits for a
+        GPU, but for the scaler of fp16."""
+        cfg, total = self.cfg, 0
+        _, first, lr, batch = self.loss.phase(step)
+        if step == first:
+            self.loss.begin(self.ema)
+            self.opt = self.loss.optimiser(self.weights, step)
+        for group in self.opt.param_groups: group['lr'] = lr
+        if 'edm2' in cfg.arch: self.net.normalise()
+
+        x, y, u, z = draw(cfg, self.data, batch, step, self.rank, self.world, self.device)
+        torch.manual_seed(seed_of(cfg, 3 + self.rank, step))    # dropout
+        self.opt.zero_grad()
+        micro = cfg.micro or len(x)
+        for i in range(0, len(x), micro):
+            rows, last = slice(i, i + micro), i + micro >= len(x)
+            with contextlib.nullcontext() if last or self.world == 1 else self.parallel_loss.no_sync():
+                labels = y[rows] if cfg.cond else None
+                with autocast(cfg, self.device):
+                    loss = self.parallel_loss(x[rows], labels, u[rows], z[rows], step).sum() / batch
+                self.scaler.scale(loss * self.world).backward()     # gradients are averaged over processes
+            total = total + loss.detach()
+        self.scaler.unscale_(self.opt)
+        norm = nn.utils.clip_grad_norm_(self.weights, cfg.clip)
+        self.scaler.step(self.opt)
+        self.scaler.update()
+        with torch.no_grad():           # or each average hangs on a graph that grows with every step
+            for average, decay in self.loss.averages(self.ema, step):
+                torch._foreach_lerp_(list(average.parameters()), list(self.net.parameters()), 1 - decay)
+        return torch.stack([total, norm])
+
+    def report(self, step, loss, norm, seconds):
+        """A status line, and a row of log.csv. loss, norm: means since the last; seconds: of a step."""
+        skips = self.cfg.amp == 'fp16' and self.scaler.get_scale() > 1e-6       # steps that overflow
+        if not math.isfinite(loss) or not (skips or math.isfinite(norm)):
+            stop(f'loss {loss:.4g}, gradient norm {norm:.4g} up to step {step + 1}: lower --lr', 1)
+        phase, _, lr, batch = self.loss.phase(step)
+        row = dict(step=step + 1, phase=phase, loss=f'{loss:.5g}', grad_norm=f'{norm:.4g}', lr=f'{lr:.4g}',
+                   images_per_second=f'{batch / seconds:.4g}')
+        if not self.log: self.log = ','.join(row) + '\n'
+        self.log += ','.join(map(str, row.values())) + '\n'
+        Path(self.cfg.out, 'log.csv').write_text(self.log)
+        left = timedelta(seconds=round(seconds * (self.cfg.steps - step - 1)))
+        print('  '.join(f'{name} {value}' for name, value in row.items()), f' {left} left', flush=True)
+
+    def save(self, done):
+        """The checkpoint and a picture of samples after `done` steps."""
+        cfg, out = self.cfg, Path(self.cfg.out)
+        state = dict(method=METHOD, step=done, config={knob: vars(cfg)[knob] for knob in ('data', *CONFIG)},
+                     loss=self.loss.state_dict(), ema=self.ema.state_dict(), opt=self.opt.state_dict(),
+                     scaler=self.scaler.state_dict(), log=self.log)
+        with written(out / 'latest.pt') as file: torch.save(state, file)
+        grids = [generate(cfg, self.ema, torch.arange(100), cfg.ts[:k], self.device) for k in (1, 2)]
+        picture_grid(torch.cat(grids), out / f'samples-{done:06d}.png')
 
 
 def train(cfg, data, rank, world, device):
-    """Every phase of the run in cfg.out, from its checkpoint if there is one."""
-    out, (images, labels), saved = Path(cfg.out), data, read_checkpoint(cfg.out)
-    if device.type == 'cuda' and images.numel() < torch.cuda.mem_get_info()[0] / 3: images = images.to(device)
-    if cfg.cond: cfg.classes = int(labels.max()) + 1
-    net = (UNet(cfg) if saved else new_network(cfg)).to(device)
-    ema = copy.deepcopy(net).requires_grad_(False).eval()
-    loss_fn = Loss(net, cfg, (images, labels)).to(device)
-    weights = [p for p in loss_fn.parameters() if p.requires_grad]
-    start, logged = saved['step'] if saved else 0, 0
-    opt, scaler = loss_fn.optimiser(weights, start), torch.amp.GradScaler(device.type, enabled=cfg.amp == 'fp16')
-    if saved:
-        with reading(out / 'latest.pt', ': do the flags fit it?'):
-            for part, name in ((loss_fn, 'loss'), (ema, 'ema'), (opt, 'opt')): part.load_state_dict(saved[name])
-            if saved['scaler']: scaler.load_state_dict(saved['scaler'])
-            logged = saved['log']
-    if cfg.compile: net.compile(dynamic=False)
-    step_fn = loss_fn if world == 1 else nn.parallel.DistributedDataParallel(loss_fn, broadcast_buffers=False)
+    """All phases of the run in cfg.out, from its checkpoint if there is one."""
+    run, images, out = Run(cfg, data, rank, world, device), data[0], Path(cfg.out)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        log = open(out / 'log.csv', 'a')                        # held, so that a folder has one run at a time
-        with contextlib.suppress(ImportError):                  # of Windows
-            import fcntl
-            try: fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError: stop(f'another run is at work in {out}: give another --out')
-            except OSError as error: print(f'{out} cannot be locked ({error}): keep other runs out of it')
-        log.truncate(min(logged, log.tell()))                   # without what a killed run wrote after its checkpoint
-        for part in out.glob('*.part'): part.unlink()           # or was writing
-        print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {sum(map(torch.numel, weights)):,} '
-              f'weights, {world} x {device.type}, amp {cfg.amp}, steps {start} to {cfg.steps}, in {out}', flush=True)
-        picture_grid(images[torch.linspace(0, len(images) - 1, 100).long().to(images.device)], out / 'data.png')
-
-    halt = []                           # signals received: save and leave
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda number, frame: halt.append(number))
-    total, last, since, steps = torch.zeros(4, device=device), start, time.time(), range(start, cfg.steps)
-
-    def share(step):
-        """This process's share of a step: uint8 images, labels, u, flips. On the host numpy gathers them: torch would
-        start threads for this thread too, and both sets wait for each other on the same cores."""
-        index, u, flips = (v[rank::world] for v in draw(cfg, len(images), loss_fn.phase(step)[3], step))
-        if images.is_cuda: x = images[index.to(device, non_blocking=True)]
-        else: x = torch.from_numpy(images.numpy()[index.numpy()])
-        if x.device != device: x = x.pin_memory()
-        return x, labels[index] if cfg.cond else None, u, flips
-
-    shares = map(share, steps) if images.is_cuda else ahead(share, steps)
-    for step, (images8, classes, u, flips) in zip(steps, shares):
-        phase, first, lr, batch = loss_fn.phase(step)
-        if batch < world: stop(f'{world} processes for a batch of {batch}')
-        if step == first:
-            loss_fn.begin(ema)
-            opt = loss_fn.optimiser(weights, step)
-        for group in opt.param_groups: group['lr'] = lr
-        if 'edm2' in cfg.arch: net.normalise()
-
-        z = draw_z(cfg, batch, step, device)[rank::world]       # below, non_blocking copies never wait
-        torch.manual_seed(seed_of(cfg, 3 + rank, step))         # dropout
-        opt.zero_grad()
-        micro = cfg.micro or batch
-        for i in range(0, len(u), micro):
-            rows = slice(i, i + micro)
-            flip = flips[rows].to(device, non_blocking=True).view(-1, 1, 1, 1)
-            x = images8[rows].to(device, non_blocking=True).float() / 127.5 - 1
-            x = torch.where(flip, x.flip(3), x)
-            y = classes[rows].to(device, non_blocking=True) if cfg.cond else None
-            with contextlib.nullcontext() if world == 1 or i + micro >= len(u) else step_fn.no_sync():
-                with autocast(cfg, device): loss = step_fn(x, y, u[rows], z[rows], step).sum() / batch
-                scaler.scale(loss * world).backward()           # DistributedDataParallel averages over processes
-            total[0] += loss.detach()
-        scaler.unscale_(opt)
-        norm = nn.utils.clip_grad_norm_(weights, cfg.clip)
-        fine = norm.isfinite()          # if not: the scaler of fp16 skips the step; other runs end at the status line
-        total[1:3] += torch.stack([torch.where(fine, norm, 0.0), (~fine).float()]) / world      # equal in all processes
-        scaler.step(opt)
-        scaler.update()
-        with torch.no_grad():           # or each average hangs on a graph that grows with every step
-            for average, decay in loss_fn.averages(ema, step):
-                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-
+        picture_grid(images[torch.linspace(0, len(images) - 1, 100).long()], out / 'data.png')
+        Path(out, 'log.csv').write_text(run.log)
+        print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {world} x {device.type}, amp '
+              f'{cfg.amp}, {sum(p.numel() for p in run.weights):,} weights, steps {run.start} to {cfg.steps}')
+    total, last, since = torch.zeros(2, device=device), run.start, time.time()
+    for step in range(run.start, cfg.steps):
+        total += run.step(step)
         done = step + 1
-        save = done % cfg.save_every == 0 or done == cfg.steps
-        if not save and done % cfg.log_every and not (halt and world == 1): continue    # several halt at a status line
-        total[3] = len(halt)
-        if world > 1: dist.all_reduce(total)
-        loss, norm, skipped, halting = total.tolist()
-        count, skipped = done - last, round(skipped)
-        if not math.isfinite(loss) or skipped and cfg.amp != 'fp16' or skipped == count >= 20:
-            raise FloatingPointError(f'loss {loss / count:.4g}, {skipped} gradients not finite in steps {last} to '
-                                     f'{done}: lower --lr, or use --amp off')
+        saves = done % cfg.save_every == 0 or done == cfg.steps
+        if not (saves or done % cfg.log_every == 0 or run.loss.phase(done)[1] == done): continue
+        if world > 1: dist.all_reduce(total[:1])                # the norm is the same in all
+        loss, norm = (total / (done - last)).tolist()
         if rank == 0:
-            row = dict(step=done, phase=phase, loss=loss / count, grad_norm=norm / max(count - skipped, 1), lr=lr,
-                       images_per_second=count * batch / (time.time() - since), skipped=skipped)
-            report(cfg, row, (cfg.steps - done) * (time.time() - since) / count)
-            if save or halting:
-                recipe = {k: v for k, v in vars(cfg).items() if k == 'data' or k not in FLAGS}
-                state = dict(method=METHOD, step=done, config=recipe, loss=loss_fn.state_dict(), ema=ema.state_dict(),
-                             opt=opt.state_dict(), scaler=scaler.state_dict(), log=log.seek(0, 2))
-                write(out / 'latest.pt', lambda file: torch.save(state, file))
-                grids = [generate(cfg, ema, torch.arange(100), cfg.ts[:k], device) for k in (1, 2) if k <= len(cfg.ts)]
-                picture_grid(torch.cat(grids), out / f'samples-{done:06d}.png')
-        if halting:
-            if world > 1: dist.barrier()                        # the checkpoint is written before anyone leaves
-            stop(f'stopped by a signal and saved at step {done} in {out}: the same command resumes',
-                 128 + (halt or [signal.SIGTERM])[0])
+            run.report(step, loss, norm, (time.time() - since) / (done - last))
+            if saves: run.save(done)
         last, since = done, time.time()
         total.zero_()
     if rank == 0:
-        print(f'pictures: {out}/samples-{cfg.steps:06d}.png (one-step samples above two-step), {out}/data.png\n'
-              f'next: python {METHOD}.py --out {out} --sample 1000 --nfe 2', flush=True)
+        print(f'pictures: {out}/samples-{cfg.steps:06d}.png, one-step samples above two-step, {out}/data.png')
+        print(f'next: python {METHOD}.py --out {out} --sample 10000')
 
-
-def report(cfg, row, left):
-    """One status line, in place on a terminal, and one row of log.csv. left: seconds to the end at this pace."""
-    with open(Path(cfg.out, 'log.csv'), 'a', newline='') as file:
-        if not file.tell(): csv.writer(file).writerow(row)
-        csv.writer(file).writerow([f'{v:.6g}' if isinstance(v, float) else v for v in row.values()])
-    memory = f'  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB' if torch.cuda.is_available() else ''
-    line = (f'{row["phase"]:9s} {row["step"]:7d} {100 * row["step"] / cfg.steps:3.0f}%  loss {row["loss"]:<8.4g} '
-            f'|g| {row["grad_norm"]:<8.3g} {row["images_per_second"]:6.0f} img/s{memory}  '
-            f'{timedelta(seconds=round(left))} left' + f'  {row["skipped"]} skipped' * bool(row['skipped']))
-    live = sys.stdout.isatty()
-    print('\r' * live + line.ljust(100 * live), end='\n' if not live or row['step'] == cfg.steps else '', flush=True)
-
-# ---------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------------ sampling
 
 def classes_of(cfg, index):
-    """Labels of the samples numbered index (N,): all classes in turn, or --label."""
+    """Labels of the samples numbered index (N,): --label, or all classes in turn."""
     return index % cfg.classes if cfg.label < 0 else torch.full_like(index, cfg.label)
 
 
 def generate(cfg, net, index, ts, device):
     """Samples numbered index (N,) -> uint8 (N, 3, res, res). Their noise is a function of (seed, index)."""
-    def normals(i):
-        g = torch.Generator().manual_seed(seed_of(cfg, 0, i))
-        return torch.stack([torch.randn(3, cfg.res, cfg.res, generator=g) for _ in ts])
-    z, *noise = torch.stack([normals(i) for i in index.tolist()], 1).to(device)
-    labels = classes_of(cfg, index).to(device) if cfg.cond else None
-    with autocast(cfg, device): x = sample(net, z, ts, labels, noise)
-    if not x.isfinite().all(): raise FloatingPointError('the network returns NaN')
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)      # to the nearest level, as EDM does
+    images = []
+    for part in index.split(cfg.micro or 50):
+        gs = [torch.Generator().manual_seed(seed_of(cfg, 0, i)) for i in part.tolist()]
+        z, *noise = [torch.stack([torch.randn(3, cfg.res, cfg.res, generator=g) for g in gs]).to(device)
+                     for _ in ts]
+        labels = classes_of(cfg, part).to(device) if cfg.cond else None
+        with autocast(cfg, device): x = sample(net, z, ts, labels, noise, cfg)
+        if not x.isfinite().all(): stop('the network returns NaN', 1)
+        images.append((x * 127.5 + 128).clamp(0, 255).to(torch.uint8))          # to the nearest, as EDM does
+    return torch.cat(images)
 
 
 def picture_grid(images, path, columns=20):
@@ -716,37 +640,33 @@ def picture_grid(images, path, columns=20):
     scale, rows = max(1, 48 // h), n // columns
     grid = images.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
     image = Image.fromarray(grid.cpu().numpy()).resize((columns * w * scale, rows * h * scale), Image.NEAREST)
-    write(path, lambda file: image.save(file, 'PNG'))
+    with written(path) as file: image.save(file, 'PNG')
 
 
-def write_samples(cfg, data, rank, world, device):
-    """--sample N images of the run's EMA weights, as .npz (arr_0 (N, H, W, 3), arr_1 labels) or a folder of PNG."""
-    save, start = Path(cfg.save or Path(cfg.out, 'samples.npz')), time.time()
-    if save.suffix not in ('.npz', ''): stop(f'--save {save}: give an .npz or a folder')
-    net = new_network(cfg).to(device).requires_grad_(False).eval()
+def write_samples(cfg, rank, world, device):
+    """--sample N images of the average weights: .npz (arr_0 (N, H, W, 3), arr_1 labels) or folder of PNG."""
+    path, ts, start = Path(cfg.save or f'{cfg.out}/samples.npz'), cfg.ts[:cfg.nfe], time.time()
+    net = new_network(cfg).to(device).eval()
     if cfg.compile: net.compile(dynamic=False)
+    index = torch.arange(cfg.sample)
     images = torch.zeros(cfg.sample, 3, cfg.res, cfg.res, dtype=torch.uint8, device=device)
-    ts = cfg.ts[:cfg.nfe]
-    for rows in torch.arange(rank, cfg.sample, world).split(cfg.micro or (500 if device.type == 'cuda' else 50)):
-        images[rows.to(device)] = generate(cfg, net, rows, ts, device)
-        done = (int(rows[-1]) + 1) / cfg.sample
-        if rank == 0 and sys.stdout.isatty():
-            print(f'\r{100 * done:3.0f}%  {(time.time() - start) * (1 / done - 1):.0f} s left ', end='', flush=True)
-    if world > 1: dist.all_reduce(images)                       # an image is zero in all processes but its own
+    images[rank::world] = generate(cfg, net, index[rank::world], ts, device)
+    if world > 1: dist.all_reduce(images)                       # the others' are zero
     if rank: return
     images = images.permute(0, 2, 3, 1).cpu().numpy()
-    labels = dict(arr_1=classes_of(cfg, torch.arange(cfg.sample)).numpy()) if cfg.cond else {}
-    (save.parent if save.suffix else save).mkdir(parents=True, exist_ok=True)
-    if save.suffix: write(save, lambda file: np.savez(file, arr_0=images, **labels))
+    if path.suffix == '.npz':
+        labels = dict(arr_1=classes_of(cfg, index).numpy()) if cfg.cond else {}
+        with written(path) as file: np.savez(file, arr_0=images, **labels)
     else:
-        for i, image in enumerate(map(Image.fromarray, images)):
-            write(save / f'{i:06d}.png', lambda file: image.save(file, 'PNG'))
-    print(f'{cfg.sample} samples of {cfg.init} from noise levels {ts} in {time.time() - start:.0f} s: {save}')
+        path.mkdir(parents=True)
+        for i, image in enumerate(images): Image.fromarray(image).save(path / f'{i:06d}.png')
+    print(f'{cfg.sample} samples of {cfg.init} at noise levels {ts} in {time.time() - start:.0f} s: {path}')
+    print(f'next: python fid.py {path}')
 
-# ------------------------------------------------------------------------------------------- EDM's checkpoints
+# ---------------------------------------------------------------------------------- EDM's checkpoints
 
 class Record(dict):
-    """Stands in for every object of an EDM pickle but tensors: keeps what it is given, has no behaviour."""
+    """Stands in for every object of a pickle but tensors: keeps what it is given, has no behaviour."""
     args = ()
 
     def __init__(self, *args): self.args = args
@@ -755,206 +675,187 @@ class Record(dict):
 
 
 class EDMUnpickler(pickle.Unpickler):
-    """Reads an EDM .pkl (layout: its torch_utils/persistence.py) as data: tensors, and Records for all else. None of
-    the source text in it runs."""
+    """Reads a .pkl (layout: EDM's torch_utils/persistence.py) as data: none of the code in it runs."""
 
     TENSORS = {
         'torch._utils._rebuild_parameter': lambda data, requires_grad, hooks: data,
         'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
-        'torch.storage._load_from_bytes': lambda b: torch.load(io.BytesIO(b), map_location='cpu', weights_only=True),
+        'torch.storage._load_from_bytes': lambda b: torch.load(io.BytesIO(b), 'cpu', weights_only=True),
     }
 
     def find_class(self, module, name): return self.TENSORS.get(f'{module}.{name}', Record)
 
 
 def load_edm(path_or_url):
-    """A .pkl of EDM, EDM2, ECT or TCM -> UNet with its `ema` weights, of the shape found in it (knobs in net.cfg). Left
-    out are EDM's augmentation input, whose zeros in use add nothing, and EDM2's uncertainty, used by its own loss only.
-    Any other file ends the program."""
+    """A .pkl of EDM, EDM2, ECT or TCM -> UNet with its `ema` weights, of the shape found in it (in net.cfg).
+    Left out are EDM's augmentation input, whose zeros in use add nothing, and EDM2's uncertainty."""
     path = fetch(path_or_url) if '://' in str(path_or_url) else path_or_url
-    with reading(path), open(path, 'rb') as file:
-        parts = EDMUnpickler(file).load()['ema'].args[0]['state']['_modules']
-        meta = parts['unet' if 'unet' in parts else 'model'].args[0]
-        args = dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16], label_dim=0,
-                    embedding_type='positional', encoder_type='standard', decoder_type='standard', dropout=0.1,
-                    channels_per_head=0)
-        if meta['class_name'] == 'UNet':        # EDM2's
-            args |= dict(model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[16, 8],
-                         dropout=0.0, channels_per_head=64)
-        args |= meta['state']['_init_kwargs']
-        kind = (meta['class_name'], args['embedding_type'], args['encoder_type'], args['decoder_type'])
-        if not all(isinstance(k, str) for k in kind) or args['num_blocks'] > 99: raise ValueError('it holds no network')
-        arch = {('SongUNet', 'positional', 'standard', 'standard'): 'ddpmpp',
-                ('SongUNet', 'fourier', 'residual', 'standard'): 'ncsnpp',
-                ('UNet', 'positional', 'standard', 'standard'): 'edm2'}.get(kind)
-        if arch not in CHOICES['arch']: raise ValueError(f'it holds a {kind}, not one of {CHOICES["arch"]}')
-        net = UNet(argparse.Namespace(
-            res=args['img_resolution'], arch=arch, ch=args['model_channels'], mult=tuple(args['channel_mult']),
-            blocks=args['num_blocks'], attn=tuple(args['attn_resolutions']), head_dim=args['channels_per_head'],
-            cond=int(args['label_dim'] > 0), classes=max(1, args['label_dim']), dropout=args['dropout'],
-            dropout_res=math.inf, fourier=16.0))
+    with open(path, 'rb') as file: parts = EDMUnpickler(file).load()['ema'].args[0]['state']['_modules']
+    unet = parts['unet' if 'unet' in parts else 'model'].args[0]
+    args = dict(label_dim=0, embedding_type='positional', model_channels=128, channel_mult=[1, 2, 2, 2],
+                num_blocks=4, attn_resolutions=[16], channels_per_head=0)
+    if unet['class_name'] == 'UNet':    # EDM2's
+        args |= dict(embedding_type='edm2', model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
+                     attn_resolutions=[16, 8], channels_per_head=64)
+    args = argparse.Namespace(**args | unet['state']['_init_kwargs'])
+    arch = dict(positional='ddpmpp', fourier='ncsnpp', edm2='edm2')[args.embedding_type]
+    if unet['class_name'] not in ('UNet', 'SongUNet') or arch not in CHOICES['arch']:
+        raise ValueError(f'its network is {unet["class_name"]}, {arch}, not one of {CHOICES["arch"]}')
+    net = UNet(argparse.Namespace(
+        arch=arch, res=args.img_resolution, ch=args.model_channels, mult=tuple(args.channel_mult), fourier=16,
+        blocks=args.num_blocks, attn=tuple(args.attn_resolutions), head_dim=args.channels_per_head, dropout=0,
+        cond=int(args.label_dim > 0), classes=max(1, args.label_dim), dropout_res=0))
 
-        def tensors(state):             # depth first, as in state_dict()
-            for group in ('_parameters', '_buffers'):
-                yield from (v for name, v in state[group].items() if v is not None and name != 'resample_filter')
-            for name, module in state.pop('_modules').items():      # popped: one module may be held twice
-                if name != 'map_augment': yield from tensors(module.args[0]['state'] if module.args else module.state)
+    def tensors(state):                 # in the order of state_dict(), as EDM's; tests compare the outputs
+        for group in ('_parameters', '_buffers'):
+            yield from (v for k, v in state[group].items() if v is not None and k != 'resample_filter')
+        for name, part in state['_modules'].items():
+            inner = part.args[0]['state'] if part.args else part.state
+            if name != 'map_augment': yield from tensors(inner)
 
-        net.load_state_dict(dict(zip(net.state_dict(), tensors(meta['state']), strict=True)))
+    net.load_state_dict(dict(zip(net.state_dict(), tensors(unet['state']), strict=True)))
     return net
 
-# ------------------------------------------------------------------------------------------------ command line
+# -------------------------------------------------------------------------------------- command line
 
 METHOD = Path(__file__).stem
-DATA = ('glyphs', 'cifar10', 'imagenet64')
 FLAGS = dict(                           # how to run
-    data=('glyphs', 'glyphs, cifar10, imagenet64, or a folder or .zip of pictures, or CIFAR-10\'s binary .tar.gz'),
+    data=('glyphs', 'glyphs, cifar10, imagenet64, or a .pt file of images made by fid.py --pack'),
     out=('', 'run folder [runs/<method>-<data>]'),
     gpus=(1, 'processes, one per GPU'),
     device=('auto', 'cpu leaves the GPUs alone'),
     micro=(0, 'most images one process holds at once; 0: its whole share'),
     compile=(False, 'torch.compile the network'),
-    sample=(0, 'write this many samples of the run in --out and stop'),
+    sample=(0, 'write this many samples of the run in --out, or of the network --init, and stop'),
     nfe=(1, 'network evaluations per sample'),
-    save=('', 'where the samples go: an .npz, or a folder of PNG [<out>/samples.npz]'),
-    label=(-1, 'class of all samples, in [0, classes); -1: all classes equally'),
+    save=('', 'where the samples go: an .npz, or a new folder of PNG [<out>/samples.npz]'),
+    label=(-1, 'class of all samples; -1: all classes in turn'),
 )
 
 
 def stop(message, code=2):
-    """One line on stderr and the exit code: 2 for bad input, 1 for a failed run, 128 + n for signal n. Of several
-    processes the first says it; if it has not failed, it does not end the others, and they speak for themselves."""
-    rank = int(os.environ.get('RANK', 0))
-    if rank and code < 128:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5 + rank)
-    if not rank or code < 128: print(f'{METHOD}.py:', *str(message).split(), file=sys.stderr, flush=True)
+    """Ends the program with one line on stderr: code 2 for bad input, 1 for a failure."""
+    print(f'{METHOD}.py:', *str(message).split(), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def numbers(text):
-    """'80,0.821' -> (80.0, 0.821)"""
-    return tuple(float(word) for word in text.split(','))
+def numbers(text): return tuple(float(word) for word in text.split(','))
 
 
-def check(values, where=''):
-    """Ends the program if a value is out of range. The range is read off the meaning in the tables: '> 1', '< 100',
-    'below pi/2', 'in [0, 1)', 'may be negative', '0: ...' (0 is allowed); other numbers are positive."""
-    for name, value in values.items():
-        *table, meaning = {**FLAGS, **CONFIG}[name]
-        low = -math.inf if 'negative' in meaning else 1 if '> 1' in meaning else 0
-        high = 1 if '0, 1)' in meaning else 100 if '< 100' in meaning else math.inf
-        if 'below pi/2' in meaning: high = math.pi / 2
-        for v in value if isinstance(value, tuple) else (value,):
-            zero = v == 0 and ('[0, ' in meaning or '0: ' in meaning)
-            fits = low < v < high or zero if isinstance(v, (int, float)) else v in CHOICES.get(name, (v,))
-            if value not in table and not fits: stop(f'{where}--{name} cannot be {v}: {meaning}')
+def parse(argv):
+    """-> {flag or knob: value}, of those that argv gives"""
+    parser = argparse.ArgumentParser(f'{METHOD}.py', allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = stop
+    for name, (*values, meaning) in {**FLAGS, **CONFIG}.items():
+        kind = float if any(isinstance(value, float) for value in values) else type(values[0])
+        how = dict(type=numbers if kind is tuple else kind, choices=CHOICES.get(name))
+        if kind is bool: how = dict(action='store_true')
+        defaults = ', '.join(map(str, values)).replace('%', '%%')
+        parser.add_argument(f'--{name}', help=f'{meaning.replace("%", "%%")} [{defaults}]', **how)
+    return vars(parser.parse_args(argv))
+
+
+def knobs_of_checkpoint(path, given, fixed, advice):
+    """The knobs in a checkpoint of this script, or a .pkl. Those in fixed cannot be given otherwise."""
+    saved = load(path)
+    if saved.get('method', METHOD) != METHOD: stop(f'{path} is of {saved["method"]}.py: {advice}')
+    for name in given.keys() & fixed & saved['config'].keys():
+        if given[name] != saved['config'][name]:
+            stop(f'--{name} {given[name]}: it is {saved["config"][name]} in {path}. {advice}')
+    return {knob: value for knob, value in saved['config'].items() if knob in ('data', *CONFIG)}
 
 
 def config(argv=None):
-    """Knobs and flags as a Namespace: the column of CONFIG for --data (a path: of its image size, from scratch), or the
-    config of the checkpoint in --out; then argv. Bad values end the program."""
-    if torch.__version__ < '2.11':      # autocast drops gradients; before 2.9, forward mode is wrong under dropout
-        stop(f'torch {torch.__version__} computes wrong gradients here: install 2.11 or later')
-    parser = argparse.ArgumentParser(f'{METHOD}.py', allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: stop(f'{message}; see --help')
-    knobs = {**FLAGS, **CONFIG}
-    for name, (value, *more, meaning) in knobs.items():
-        choices = (0, 1) if meaning[:3] in ('0: ', '1: ') else CHOICES.get(name)
-        kind = dict(type=numbers if isinstance(value, tuple) else type(value), choices=choices)
-        if value is False: kind = dict(action='store_true')
-        parser.add_argument(f'--{name}', help=f'{meaning} [{", ".join(map(str, (value, *more)))}]', **kind)
-    given = vars(parser.parse_args(argv))
-    check(given)
-    cfg = {name: value for name, (value, _) in FLAGS.items()} | given
-    cfg['out'] = cfg['out'] or f'runs/{METHOD}-{Path(cfg["data"]).name.split(".")[0]}'
-    saved, column, own = read_checkpoint(cfg['out']), cfg['data'], {}
-    samples_init = cfg['sample'] and 'init' in given            # of the network named, not of a run
-    if saved and not samples_init:
-        cfg |= saved['config'] | given
-        if cfg['sample']: cfg['init'] = str(Path(cfg['out'], 'latest.pt'))
-    elif cfg['sample'] and not samples_init:
-        stop(f'no checkpoint in {cfg["out"]}: train first, or name the run with --out or a network with --init')
+    """Flags and knobs as a Namespace. Each is from the first of these that has it: argv; the run in --out, or
+    the network that is sampled; the data file; the column of CONFIG."""
+    given = parse(argv)
+    if 'data' in given: given['data'] = str(Path(given['data']))
+    flags = {name: value for name, (value, meaning) in FLAGS.items()} | given
+    gpu = torch.cuda.is_available() and flags['device'] == 'auto'
+    latest = Path(flags['out'] or f'runs/{METHOD}-{Path(flags["data"]).stem}', 'latest.pt')
+    begun = latest.exists() and not flags['sample']
+
+    decided, column = {}, None
+    if flags['sample']:
+        fixed, init = {'res', 'cond', 'classes', *SHAPE}, given.setdefault('init', str(latest))
+        decided = knobs_of_checkpoint(init, given, fixed, 'Only that network can be sampled')
+    elif begun:                         # its recipe is fixed, but for knobs of the machine
+        fixed = {'data', *CONFIG} - {'amp', 'save_every', 'log_every'}
+        decided = knobs_of_checkpoint(latest, given, fixed, f'To go on from it: --out NEW --init {latest}')
+    elif flags['data'] in DATA: column = DATA.index(flags['data'])
     else:
-        if samples_init: own = {k: v for k, v in donor(cfg['init'])[0].items() if k in ('res', 'cond', 'classes')}
-        elif column not in DATA:
-            with reading(column, f': --data is {", ".join(DATA)}, or a folder, .zip or .tar.gz of pictures'):
-                side, labelled = look(Path(os.path.abspath(column)))
-                own = dict(res=cfg.get('res') or side, init='none')
-            if not labelled: own['cond'] = 0
-        if own: column = min(DATA, key=lambda name: abs(math.log(CONFIG['res'][DATA.index(name)] / own['res'])))
-        cfg |= {k: v[DATA.index(column) if len(v) == 4 else 0] for k, v in CONFIG.items()} | own | given
-        if cfg['init'] == 'none': cfg['init'] = cfg.get('teacher', 'none')     # distillation starts from its teacher
-        if cfg['init'] != 'none': cfg['warmup'] = given.get('warmup', 0)       # the checkpoint is the diffusion model
-    if cfg['device'] == 'cpu' or not torch.cuda.is_available(): cfg['amp'] = given.get('amp', 'off')
-    halvings, widths = len(cfg['mult']) - 1, [int(cfg['ch'] * m) for m in cfg['mult']]
-    run = f'{cfg["out"]}: ' if saved and not samples_init else ''
-    if cfg['res'] % 2**halvings: stop(f'{run}side {cfg["res"]} cannot be halved {halvings} times: see --res, --mult')
-    if cfg['ch'] < 4 or cfg['ch'] % 2 or any(w < 1 or w % max(1, w // (cfg['head_dim'] or w)) for w in widths):
-        stop(f'{run}no network has {widths} channels: --ch is even, 4 or more; --head_dim divides --ch times --mult')
-    for low, high in (('s0', 's1'), ('t_min', 't_transition'), ('t_transition', 't_max')):
-        if cfg.get(low, 0) > cfg.get(high, math.inf): stop(f'--{low} {cfg[low]} is above --{high} {cfg[high]}')
-    target = Path(cfg['save'] or cfg['out']).absolute()
-    places = [target.parent if target.suffix == '.npz' else target, *target.parents]
-    folder = next(place for place in places if os.path.exists(place))
-    if not (folder.is_dir() and os.access(folder, os.W_OK)): stop(f'{target}: {folder} is no folder one may write to')
-    if list(cfg['ts']) != sorted(cfg['ts'], reverse=True): stop(f'--ts {cfg["ts"]}: noise levels fall')
-    if len(cfg['ts']) < cfg['nfe']: stop(f'--nfe {cfg["nfe"]} needs as many noise levels, --ts is {cfg["ts"]}')
-    if cfg['label'] >= cfg['classes'] * cfg['cond']: stop(f'--label {cfg["label"]}: the network has no such class')
-    return argparse.Namespace(**cfg)
+        images, labels = data_file(Path(flags['data']))
+        classes = classes_in(labels)
+        decided = dict(init='none', res=images.shape[-1], cond=int(classes > 0), classes=max(1, classes))
+        if not gpu: column = 0          # a network for a CPU
+    if column is None: column = min(range(3), key=lambda i: abs(CONFIG['res'][i] - decided['res']))
+    recipe = {name: values[column if len(values) > 1 else 0] for name, (*values, meaning) in CONFIG.items()}
+    cfg = argparse.Namespace(**flags | recipe | decided | given)
+    cfg.out, cfg.device = str(latest.parent), 'cuda' if gpu else 'cpu'
+
+    if cfg.init != 'none' and not latest.exists():
+        cfg.warmup = given.get('warmup', 0)                     # --init is the diffusion model
+        if given.keys() & set(SHAPE): stop(f'--{" --".join(SHAPE)}: these come with --init {cfg.init}')
+    if not gpu: cfg.amp = given.get('amp', 'off')
+    if dist.is_torchelastic_launched(): cfg.gpus = int(os.environ['WORLD_SIZE'])
+    elif flags['device'] == 'auto' and cfg.gpus > max(1, torch.cuda.device_count()):
+        stop(f'--gpus {cfg.gpus}: this machine has {torch.cuda.device_count()}. On its cores: --device cpu')
+    check(cfg)
+    return cfg
+
+
+def check(cfg):
+    """Ends the program where values have no meaning or do not fit each other."""
+    positive = 'steps batch lr res ch mult blocks ts gpus nfe save_every log_every'.split()
+    for name, value in vars(cfg).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, str): continue
+            if math.isnan(number) or number < 0 and name not in SIGNED or number == 0 and name in positive:
+                stop(f'--{name} {number}: it must be {"above" if name in positive else "at least"} 0')
+    halvings, save = len(cfg.mult) - 1, Path(cfg.save)
+    if cfg.res % 2**halvings: stop(f'--res {cfg.res} cannot be halved {halvings} times: see --mult')
+    if cfg.batch < cfg.gpus: stop(f'--batch {cfg.batch}: fewer images than processes, {cfg.gpus}')
+    if list(cfg.ts) != sorted(cfg.ts, reverse=True): stop(f'--ts {cfg.ts}: noise levels fall')
+    if cfg.nfe > len(cfg.ts): stop(f'--nfe {cfg.nfe} needs as many noise levels in --ts {cfg.ts}')
+    if cfg.label >= cfg.classes * cfg.cond: stop(f'--label {cfg.label}: there is no such class')
+    if cfg.save and save.is_dir(): stop(f'--save {save}: that folder is there already')
+    if save.suffix not in ('', '.npz'): stop(f'--save {save}: an .npz, or a folder without a dot in its name')
+    if Path(cfg.out).is_file(): stop(f'--out {cfg.out}: that is a file')
 
 
 def process(local, cfg):
-    """One process of a run: of torchrun, which sets LOCAL_RANK, RANK and WORLD_SIZE, or of --gpus."""
-    if mp.parent_process(): signal.signal(signal.SIGINT, signal.SIG_DFL)        # the parent answers
-    if 'LOCAL_RANK' not in os.environ: os.environ.update(RANK=str(local), WORLD_SIZE=str(cfg.gpus))
-    rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-    device = torch.device('cuda', local) if torch.cuda.is_available() and cfg.device == 'auto' else torch.device('cpu')
-    if device.type == 'cuda':
+    """One process of a run, the one numbered local on its machine."""
+    sys.stdout.reconfigure(errors='replace')                    # a console may lack the letters of a name
+    rank, world = int(os.environ['RANK']) if dist.is_torchelastic_launched() else local, cfg.gpus
+    device = torch.device('cuda', local) if cfg.device == 'cuda' else torch.device('cpu')
+    if cfg.device == 'cuda':
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 1.5 times as fast, in tf32 and fp16 no gain
+        torch.backends.cudnn.benchmark = cfg.amp == 'off'       # on an H100 1.5 times as fast, else no gain
         torch.backends.cudnn.allow_tf32 = cfg.amp != 'off'
         torch.set_float32_matmul_precision('highest' if cfg.amp == 'off' else 'high')
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     elif world > 1: torch.set_num_threads(max(1, os.cpu_count() // world))
     if world > 1:
-        warnings.filterwarnings('ignore', '`broadcast_buffers`')    # its successor is missing before torch 2.15
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=12))   # decoding
-    warnings.filterwarnings('ignore', module='PIL')     # reading() does not reach the threads that decode
-    logging.getLogger('PIL').setLevel(logging.CRITICAL)     # what we refuse is told in one line
-    turn = (rank > 0) + (local > 0)     # files are made by the first process of all, then by the first of each machine
-    try:
-        for _ in range(turn): dist.barrier()
-        data = None if cfg.sample else load_data(cfg)
-        if '://' in cfg.init and not Path(cfg.out, 'latest.pt').exists(): fetch(cfg.init)
-        for _ in range(2 - turn if world > 1 else 0): dist.barrier()
-        (write_samples if cfg.sample else train)(cfg, data, rank, world, device)
-    except (FloatingPointError, OSError) as error: stop(f'{error}. What was saved in {cfg.out} is whole', 1)
-    except RuntimeError:
-        if world > 1: time.sleep(5)     # should another process have failed, its reason is the one to be told
-        raise
-    finally:
-        if world > 1: dist.destroy_process_group()
+        dist.init_process_group('nccl' if cfg.device == 'cuda' else 'gloo', rank=rank, world_size=world)
+    if cfg.sample: write_samples(cfg, rank, world, device)
+    else: train(cfg, load_data(cfg), rank, world, device)
+    if world > 1: dist.destroy_process_group()
 
 
 def main(argv=None):
-    for s in (signal.SIGINT, signal.SIGTERM):                   # until train() handles them
-        signal.signal(s, lambda number, frame: stop(f'ended by {signal.Signals(number).name}', 128 + number))
-    cfg = config(argv)
-    if cfg.gpus == 1 or 'LOCAL_RANK' in os.environ: return process(int(os.environ.get('LOCAL_RANK', 0)), cfg)
-    most = torch.cuda.device_count() if cfg.device == 'auto' else max(2, os.cpu_count())
-    if cfg.gpus > most: stop(f'--gpus {cfg.gpus}: this machine has {most}; --device cpu runs processes on its cores')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))
-    logging.getLogger('torch.multiprocessing').setLevel(logging.ERROR)          # says whom it ends when one fails
-    group = mp.spawn(process, (cfg,), cfg.gpus, join=False)
-    for s in (signal.SIGINT, signal.SIGTERM):                   # the processes save, then all end
-        signal.signal(s, lambda number, frame: [os.kill(p.pid, number) for p in group.processes if p.is_alive()])
     try:
-        while not group.join(): pass
+        cfg = config(argv)
+        if dist.is_torchelastic_launched(): process(int(os.environ['LOCAL_RANK']), cfg)
+        elif cfg.gpus == 1: process(0, cfg)
+        else:
+            if not cfg.sample: load_data(cfg)                   # what is to be downloaded is, once
+            if '://' in cfg.init: fetch(cfg.init)
+            os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(10_000 + os.getpid() % 20_000))
+            mp.spawn(process, (cfg,), cfg.gpus, daemon=True)
+    except KeyboardInterrupt: stop('interrupted; the same command goes on from the last checkpoint', 130)
     except mp.ProcessExitedException as error:
-        if error.exit_code > 0: sys.exit(error.exit_code)       # and has said why
-        stop(f'process {error.error_index} was ended by {error.signal_name}', 128 - error.exit_code)
+        if error.exit_code > 0: sys.exit(error.exit_code)       # it has said why
+        stop(error, 1)
 
 
 if __name__ == '__main__':

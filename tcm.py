@@ -82,13 +82,13 @@ class Loss(nn.Module):
         self.net, self.cfg, self.teacher = net, cfg, frozen(net)
         self.stage2 = cfg.warmup + cfg.stage1
         if cfg.q <= 1: stop(f'--q {cfg.q}: it must be above 1')
-        if cfg.steps < self.stage2: stop(f'--steps {cfg.steps}: warm-up and stage 1 take {self.stage2}')
-        if not cfg.t_min < cfg.t_transition < cfg.t_max: stop("it must be t_min < t_transition < t_max")
+        if cfg.steps < self.stage2 and cfg.steps != cfg.warmup:
+            stop(f'--steps {cfg.steps}: the warm-up and stage 1 take {self.stage2}')
+        if not cfg.t_min < cfg.t_transition < cfg.t_max: stop('--t_transition: it is between t_min and t_max')
         if cfg.boundary_prob >= 1: stop(f'--boundary_prob {cfg.boundary_prob}: it must be below 1')
-        if self.phase(0)[3] < cfg.gpus: stop(f'--batch_stage1 {cfg.batch_stage1}: fewer images than processes')
         if data and cfg.init not in CONFIG['init'] and not cfg.stage1 and not cfg.before:
             stop('--stage1 0: say with --before how many steps of stage 1 (or ect.py) --init has behind it')
-        law = stats.t(cfg.nu, cfg.mu, cfg.sigma)                # of ln t in stage 2, within these ends:
+        law = stats.t(cfg.df, cfg.mu, cfg.sigma)                # of ln t in stage 2, within these ends:
         ends = law.cdf(np.log([cfg.t_transition, cfg.t_max]))
         quantiles = torch.from_numpy(np.exp(law.ppf(np.linspace(*ends, 2**16 + 1))))
         self.register_buffer('quantiles', quantiles, persistent=False)
@@ -127,7 +127,7 @@ class Loss(nn.Module):
         return 1 / (t - r) if self.cfg.weight == '1/(t-r)' else (t**2 + SD**2) / (t * SD)**2
 
     def pair(self, x, labels, z, t, r, step):
-        """Weighted distance of f(x_t, t) and its target at r -> (B,), without the boundary loss's weight."""
+        """Weighted distance of f(x_t, t) and its target at r -> (B,)."""
         w = self.weight(t, r).to(x)                             # from float64: t - r is small
         t, r = t.to(x).view(-1, 1, 1, 1), r.to(x).view(-1, 1, 1, 1)
         x_t, x_r = x + t * z, x + r * z
@@ -158,7 +158,7 @@ class Loss(nn.Module):
         return getattr(torch.optim, self.cfg.opt)(weights, betas=(0.9, self.cfg.beta2), foreach=True)
 
     def begin(self, ema):
-        """Called as a phase begins, which starts from the averaged weights of the last; these become f_1."""
+        """Called as a phase begins, which starts from the averaged weights of the last."""
         self.net.load_state_dict(ema.state_dict())
         self.teacher.load_state_dict(ema.state_dict())
 
@@ -212,7 +212,7 @@ CONFIG = dict(   # (glyphs,   cifar10,     imagenet64,   meaning [source]), or o
     lr=(         1.2e-3,      5e-5,        5e-4,         'learning rate of stage 2 [README]'),
     lr_stage1=(  1.2e-3,      1e-4,        1e-3,         'learning rate of stage 1 [README]'),
     lr_warmup=(  2e-3,        5e-4,        1e-3,         'learning rate of the warm-up'),
-    opt=(        'RAdam',     'RAdam',     'Adam',       'optimiser [README]'),
+    opt=(        'RAdam',     'RAdam',     'Adam',       'optimiser'),
     beta2=(      0.999,       0.999,       0.99,         'decay of the second moment'),
     t_ref=(      math.inf,    math.inf,    8000,         'lr / sqrt(max(step / t_ref, 1)) in stage 2'),
     t_ref_stage1=(math.inf,   math.inf,    2000,         'the same in stage 1'),
@@ -234,9 +234,9 @@ CONFIG = dict(   # (glyphs,   cifar10,     imagenet64,   meaning [source]), or o
     t_transition=(1.0,                                   "t', the lower end of stage 2 [README]"),
     boundary_prob=(0.25,                                 "share of t = t' in stage 2"),
     w_boundary=( 0.1,                                    'weight of the boundary loss [README]'),
-    mu=(         0.9,         0.0,         0.0,          'stage 2: (ln t - mu) / sigma ~ t(nu)'),
+    mu=(         0.9,         0.0,         0.0,          'stage 2: (ln t - mu) / sigma ~ t(df)'),
     sigma=(      0.7,         0.2,         0.2,          'scale of ln t in stage 2'),
-    nu=(         1.0,         0.01,        0.01,         'degrees of freedom [mu, sigma, nu: README]'),
+    df=(         1.0,         0.01,        0.01,         'degrees of freedom [mu, sigma, df: README]'),
     ts=(         (20, 1),     (80, 0.821), (80, 1.526),  'noise levels of samples, the first --nfe of them'),
     init=(       'none',      EDM,         EDM2,         'none, our checkpoint, EDM, EDM2, ECT, TCM .pkl'),
     res=(        16,          32,          64,           'image side'),
@@ -249,7 +249,7 @@ CONFIG = dict(   # (glyphs,   cifar10,     imagenet64,   meaning [source]), or o
     blocks=(     1,           4,           3,            'residual blocks per resolution'),
     attn=(       (8,),        (16,),       (16, 8),      'resolutions with attention'),
     head_dim=(   0,           0,           64,           'channels per attention head; 0: one head'),
-    dropout=(    0.0,         0.2,         0.4,          'dropout rate [README]'),
+    dropout=(    0.0,         0.2,         0.4,          'dropout rate'),
     dropout_res=(math.inf,    math.inf,    16,           'largest resolution with dropout [ct_train.py]'),
     amp=(        'off',       'off',       'fp16',       'precision on a GPU; off: float32. On a CPU: off'),
     seed=(       0,                                      'of all random numbers'),
@@ -322,7 +322,7 @@ class Block(nn.Module):
         x = (h + self.skip(self.resample(x))) * 0.5**0.5
         if self.heads:
             qkv = self.qkv(self.norm2(x))
-            with float32(x): h = attend(qkv.float(), self.heads)
+            with float32(x): h = attend(qkv.to(e.dtype), self.heads)
             x = (self.proj(h) + x) * 0.5**0.5
         return x
 
@@ -428,7 +428,7 @@ class MPBlock(nn.Module):
         if self.heads: self.qkv, self.proj = MPConv(cout, 3 * cout, 1, 1), MPConv(cout, cout, 1, 1)
 
     def forward(self, x, e):
-        x = self.resample(x)
+        with float32(x): x = self.resample(x)                   # as precise as x, not more
         if not self.decoder: x = unit(self.skip(x), 1)
         h = self.conv0(silu(x) / 0.596)
         h = h * (1 + self.affine(e, self.gain)).to(h.dtype)[:, :, None, None]
@@ -725,8 +725,8 @@ def train(cfg, data, rank, world, device):
     for step in range(run.start, cfg.steps):
         total += run.step(step)
         done = step + 1
-        saves, phase_ends = done % cfg.save_every == 0 or done == cfg.steps, run.loss.phase(done)[1] == done
-        if not (saves or phase_ends or done % cfg.log_every == 0): continue
+        saves = done % cfg.save_every == 0 or done == cfg.steps
+        if not (saves or done % cfg.log_every == 0 or run.loss.phase(done)[1] == done): continue
         if world > 1: dist.all_reduce(total[:1])                # the norm is the same in all
         loss, norm = (total / (done - last)).tolist()
         if rank == 0:
@@ -887,7 +887,7 @@ def knobs_of_checkpoint(path, given, fixed, advice):
     for name in given.keys() & fixed & saved['config'].keys():
         if given[name] != saved['config'][name]:
             stop(f'--{name} {given[name]}: it is {saved["config"][name]} in {path}. {advice}')
-    return saved['config']
+    return {knob: value for knob, value in saved['config'].items() if knob in ('data', *CONFIG)}
 
 
 def config(argv=None):
