@@ -307,7 +307,7 @@ class Digits:
 
 # --------------------------------------------------------------------------------------------------- pictures
 
-FORMATS = 'PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF'           # AVIF since Pillow 11.3
+FORMATS = {'PNG', 'JPEG', 'WEBP', 'AVIF', 'BMP', 'GIF', 'TIFF'} & {*Image.registered_extensions().values()}
 SUFFIXES = '.png .jpg .jpeg .jfif .mpo .webp .bmp .gif .tif .tiff .avif'.split()
 NEEDED = '; images are in a folder, .zip, .npz (arr_0: N, H, W, 3), .pt, or the binary .tar.gz of CIFAR-10'
 
@@ -339,7 +339,7 @@ def whole(path):
     try:
         with open(part, 'wb') as file: yield file
         os.replace(part, path)
-    except RuntimeError as error: raise OSError(f'{path}: {error.__context__ or error}')        # torch, disk full
+    except RuntimeError as error: raise OSError(f'{path}: {error.__context__ or error}')    # disk full
     finally: part.unlink(missing_ok=True)
 
 
@@ -428,7 +428,7 @@ class Pictures:
 
     def open(self, name):
         if self.images is not None: return Image.fromarray(self.images[name].transpose(1, 2, 0))
-        return Image.open(io.BytesIO(self.read(name)), formats=FORMATS)
+        return Image.open(io.BytesIO(self.read(name)), formats=[*FORMATS])
 
     def side(self):
         """The shorter side of the first picture"""

@@ -30,8 +30,8 @@ Source: the paper, version 2, Algorithm 1 and appendices; there is no official c
   sigma_d F - dx_t/dt. On CIFAR-10 EDM has w = 0, sums over pixels (so Adam's eps weighs less), averages over
   0.05 x the images seen at first, and augments; its own checkpoint can replace ours.
 - On CIFAR-10 the second stage's length and the first's levels are not printed: a reproduction's, and EDM's.
-- g is computed without autocast, as in bf16 it would be some per cent off, and not compiled, as forward mode
-  cannot be. So --compile and fp16, the paper's on ImageNet-64, are for the warm-up and samples.
+- g is computed without autocast (TF32 unless --amp off), as in bf16 it would be some per cent off, and not
+  compiled, as forward mode cannot be: fp16, the paper's on ImageNet-64, and --compile are for the warm-up.
 - --arch ddpmpp and edm2 are EDM's networks by the exact map t = arctan(sigma / sigma_d), F = -F_EDM, and take
   their weights; edm2's fast features of t have been called unstable. scm-edm2 is the paper's: slow features,
   double normalisation by EDM2's norm (1e-4 outside the root; the pixel norm cited has 1e-8 within). At size S
@@ -297,7 +297,7 @@ CHOICES = dict(tangent=('l2', 'rms', 'clip'), arch=('scm', 'scm-edm2', 'ddpmpp',
                amp=('off', 'tf32', 'fp16', 'bf16'), flip=(0, 1), cond=(0, 1), device=('auto', 'cpu'))
 SIGNED = 'P_mean P_mean_warmup seed label'.split()      # numbers that may be negative
 
-# ==== From here on the scripts are the same, but for networks (ct, ict, scm) and samplers (ct, sct, scm) ====
+# ==== From here on the same in all six, but for networks (ct, ict, scm), LPIPS, edits (ct), a line (sct, scm)
 
 # ------------------------------------------------------------------------------------------- network
 
@@ -904,7 +904,7 @@ FLAGS = dict(                           # how to run
     gpus=(1, 'processes, one per GPU'),
     device=('auto', 'cpu leaves the GPUs alone'),
     micro=(0, 'most images one process holds at once; 0: its whole share'),
-    compile=(False, 'torch.compile the network'),
+    compile=(False, 'torch.compile the network; on a GPU always, unless --amp off'),
     sample=(0, 'write this many samples of the run in --out, or of the network --init, and stop'),
     nfe=(1, 'network evaluations per sample'),
     save=('', 'where the samples go: an .npz, or a new folder of PNG [<out>/samples.npz]'),
@@ -976,6 +976,7 @@ def config(argv=None):
         cfg.warmup = given.get('warmup', 0)                     # --init is the diffusion model
         if given.keys() & set(SHAPE): stop(f'--{" --".join(SHAPE)}: these come with --init {cfg.init}')
     if not gpu: cfg.amp = given.get('amp', 'off')
+    elif cfg.amp != 'off' and not cfg.sample: cfg.compile = True        # half as fast again on an H100
     if dist.is_torchelastic_launched(): cfg.gpus = int(os.environ['WORLD_SIZE'])
     elif flags['device'] == 'auto' and cfg.gpus > max(1, torch.cuda.device_count()):
         stop(f'--gpus {cfg.gpus}: this machine has {torch.cuda.device_count()}. On its cores: --device cpu')
