@@ -416,7 +416,7 @@ class EDM2UNet(Body):
 
 def UNet(cfg):
     """The raw network F of cfg.arch."""
-    return (EDM2UNet if cfg.arch == 'edm2' else DDPMpp)(cfg)
+    return (EDM2UNet if 'edm2' in cfg.arch else DDPMpp)(cfg)
 
 # ---------------------------------------------------------------------------------------------- data
 
@@ -568,7 +568,7 @@ def new_network(cfg):
     if classes != theirs: stop(f'--init {cfg.init} knows {theirs} classes, this run {classes}: see --cond')
     vars(cfg).update({knob: saved['config'][knob] for knob in SHAPE})
     net = UNet(cfg)
-    with reading(cfg.init, f'; does --res {cfg.res} fit it?'): net.load_state_dict(saved['ema'])
+    with reading(cfg.init, f'; do its arch and --res {cfg.res} fit?'): net.load_state_dict(saved['ema'])
     return net
 
 

@@ -92,6 +92,8 @@ class Loss(nn.Module):
             classes = data[1] if cfg.cond else torch.zeros(len(data[0]), dtype=torch.int64)
             images = (2 * classes.argsort(stable=True)).split(classes.bincount().tolist())
             self.members = [torch.cat([i, i + 1]) if cfg.flip else i for i in images]
+            few = data[0].numel() < 1e9                         # bytes: CIFAR-10 has a place on a GPU
+            self.images = data[0].to(cfg.device) if few else data[0]
 
     def forward(self, x, labels, u, z, step):
         """x (B, 3, H, W) in [-1, 1], labels (B,) or None, u uniform (B, 2), z normal like x -> loss (B,)."""
@@ -147,7 +149,8 @@ class Loss(nn.Module):
         Each is equally likely to be x, which makes m unbiased."""
         members = self.members[c] if self.cfg.refs == math.inf else self.some_of(self.members[c], step)
         for numbers in members.split(5000):
-            y = self.data[0].index_select(0, numbers // 2).to(device, non_blocking=True).float() / 127.5 - 1
+            rows = (numbers // 2).to(self.images.device, non_blocking=True)
+            y = self.images.index_select(0, rows).to(device, non_blocking=True).float() / 127.5 - 1
             flip = (numbers % 2 > 0).to(device, non_blocking=True).view(-1, 1, 1, 1)
             yield torch.where(flip, y.flip(3), y)
 
@@ -535,7 +538,7 @@ class EDM2UNet(Body):
 
 def UNet(cfg):
     """The raw network F of cfg.arch."""
-    return (EDM2UNet if cfg.arch == 'edm2' else DDPMpp)(cfg)
+    return (EDM2UNet if 'edm2' in cfg.arch else DDPMpp)(cfg)
 
 # ---------------------------------------------------------------------------------------------- data
 
@@ -687,7 +690,7 @@ def new_network(cfg):
     if classes != theirs: stop(f'--init {cfg.init} knows {theirs} classes, this run {classes}: see --cond')
     vars(cfg).update({knob: saved['config'][knob] for knob in SHAPE})
     net = UNet(cfg)
-    with reading(cfg.init, f'; does --res {cfg.res} fit it?'): net.load_state_dict(saved['ema'])
+    with reading(cfg.init, f'; do its arch and --res {cfg.res} fit?'): net.load_state_dict(saved['ema'])
     return net
 
 
