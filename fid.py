@@ -323,8 +323,8 @@ def note(text): print(f'{METHOD}.py: {text}', file=sys.stderr, flush=True)
 
 @contextlib.contextmanager
 def reading(file, advice=''):
-    """Whatever fails in here, where a file of unknown content is read, ends the program with one line; with
-    DEBUG in the environment, with Python's traceback."""
+    """A context for reading a file of unknown content: what fails in it ends the program with one line, or,
+    if DEBUG is set in the environment, with Python's traceback."""
     try: yield
     except Exception as error:
         if 'DEBUG' in os.environ: raise

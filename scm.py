@@ -297,7 +297,8 @@ CHOICES = dict(tangent=('l2', 'rms', 'clip'), arch=('scm', 'scm-edm2', 'ddpmpp',
                amp=('off', 'tf32', 'fp16', 'bf16'), flip=(0, 1), cond=(0, 1), device=('auto', 'cpu'))
 SIGNED = 'P_mean P_mean_warmup seed label'.split()      # numbers that may be negative
 
-# ==== From here on the same in all six, but for networks (ct, ict, scm), LPIPS, edits (ct), a line (sct, scm)
+# ==== From here on all six scripts have one text, but for networks (ct, ict, scm), LPIPS and edits (ct), and
+# ==== a line of write_samples (ct, sct, scm). What looks unused here serves another of them.
 
 # ------------------------------------------------------------------------------------------- network
 
@@ -321,11 +322,12 @@ def float32(x):
 
 
 def attend(qkv, heads, normalise=SAME):
-    """Self-attention, qkv (B, 3 C, H, W) -> (B, C, H, W). Fused kernels would have no forward mode."""
-    B, C, H, W = qkv.shape
-    q, k, v = normalise(qkv.reshape(B * heads, C // 3 // heads, 3, H * W)).unbind(2)
+    """Self-attention, qkv (B, 3 C, H, W) -> (B, C, H, W). Written out, since torch's fused kernels lack the
+    forward-mode derivative that scm.py takes."""
+    B, C, H, W = len(qkv), qkv.shape[1] // 3, *qkv.shape[2:]
+    q, k, v = normalise(qkv.reshape(B * heads, C // heads, 3, H * W)).unbind(2)
     w = torch.einsum('bcq,bck->bqk', q, k / q.shape[1]**0.5).softmax(-1)
-    return torch.einsum('bqk,bck->bcq', w, v).reshape(B, C // 3, H, W)
+    return torch.einsum('bqk,bck->bcq', w, v).reshape(B, C, H, W)
 
 
 def class_vector(labels, classes, e):
@@ -472,7 +474,7 @@ class MPBlock(nn.Module):
         if self.heads: self.qkv, self.proj = MPConv(cout, 3 * cout, 1, 1), MPConv(cout, cout, 1, 1)
 
     def forward(self, x, e):
-        with float32(x): x = self.resample(x)                   # as precise as x, not more
+        with float32(x): x = self.resample(x)                   # else autocast turns halves into float32
         if not self.decoder: x = unit(self.skip(x), 1)
         h = self.conv0(silu(x) / 0.596)
         if self.double_norm:
@@ -487,8 +489,8 @@ class MPBlock(nn.Module):
 
 
 class EDM2UNet(Body):
-    """EDM2's network, config G [Karras et al. 2024; networks_edm2.py] without its uncertainty; as above.
-    normalise() before each step in place of what the code does to the weights within forward."""
+    """EDM2's network, config G [Karras et al. 2024; networks_edm2.py] without uncertainty; shapes as above.
+    The code normalises the weights themselves within forward; here normalise() does, before each step."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -540,8 +542,8 @@ CIFAR_SHA256 = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd
 
 @contextlib.contextmanager
 def reading(file, advice=''):
-    """Whatever fails in here, where a file of unknown content is read, ends the program with one line; with
-    DEBUG in the environment, with Python's traceback."""
+    """A context for reading a file of unknown content: what fails in it ends the program with one line, or,
+    if DEBUG is set in the environment, with Python's traceback."""
     try: yield
     except Exception as error:
         if 'DEBUG' in os.environ: raise
@@ -772,8 +774,10 @@ def train(cfg, data, rank, world, device):
     if rank == 0:
         picture_grid(images[torch.linspace(0, len(images) - 1, 100).long()], out / 'data.png')
         Path(out, 'log.csv').write_text(run.log)
-        print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {world} x {device.type}, amp '
-              f'{cfg.amp}, {sum(p.numel() for p in run.weights):,} weights, steps {run.start} to {cfg.steps}')
+        classes = f'{cfg.classes} classes' if cfg.cond else 'no classes'
+        weights = f'{sum(p.numel() for p in run.weights):,} weights'
+        print(f'{METHOD} on {cfg.data}: {len(images)} images of side {cfg.res}, {classes}, {world} x '
+              f'{device.type}, amp {cfg.amp}, {weights}, steps {run.start} to {cfg.steps}')
     total, last, since = torch.zeros(2, device=device), run.start, time.time()
     for step in range(run.start, cfg.steps):
         total += run.step(step)
@@ -867,7 +871,7 @@ class EDMUnpickler(pickle.Unpickler):
 
 def load_edm(path_or_url):
     """A .pkl of EDM, EDM2, ECT or TCM -> UNet with its `ema` weights, of the shape found in it (in net.cfg).
-    Left out are EDM's augmentation input, whose zeros in use add nothing, and EDM2's uncertainty."""
+    EDM's augmentation input, which is zero in use, and EDM2's uncertainty are left out."""
     path = fetch(path_or_url) if '://' in str(path_or_url) else path_or_url
     with open(path, 'rb') as file: parts = EDMUnpickler(file).load()['ema'].args[0]['state']['_modules']
     unet = parts['unet' if 'unet' in parts else 'model'].args[0]
@@ -889,7 +893,7 @@ def load_edm(path_or_url):
         for group in ('_parameters', '_buffers'):
             yield from (v for k, v in state[group].items() if v is not None and k != 'resample_filter')
         for name, part in state['_modules'].items():
-            inner = part.args[0]['state'] if part.args else part.state
+            inner = part.args[0]['state'] if part.args else part.state          # EDM's class, or torch's
             if name != 'map_augment': yield from tensors(inner)
 
     net.load_state_dict(dict(zip(net.state_dict(), tensors(unet['state']), strict=True)))
@@ -904,7 +908,7 @@ FLAGS = dict(                           # how to run
     gpus=(1, 'processes, one per GPU'),
     device=('auto', 'cpu leaves the GPUs alone'),
     micro=(0, 'most images one process holds at once; 0: its whole share'),
-    compile=(False, 'torch.compile the network; on a GPU always, unless --amp off'),
+    compile=(False, 'torch.compile the network; training on a GPU does, unless --amp off'),
     sample=(0, 'write this many samples of the run in --out, or of the network --init, and stop'),
     nfe=(1, 'network evaluations per sample'),
     save=('', 'where the samples go: an .npz, or a new folder of PNG [<out>/samples.npz]'),
@@ -986,7 +990,7 @@ def config(argv=None):
 
 def check(cfg):
     """Ends the program where values have no meaning or do not fit each other."""
-    positive = 'steps batch lr res ch mult blocks ts gpus nfe save_every log_every'.split()
+    positive = 'steps batch lr clip res ch mult blocks ts gpus nfe save_every log_every'.split()
     for name, value in vars(cfg).items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, str): continue
@@ -994,7 +998,7 @@ def check(cfg):
                 stop(f'--{name} {number}: it must be {"above" if name in positive else "at least"} 0')
     halvings, save = len(cfg.mult) - 1, Path(cfg.save)
     if cfg.res % 2**halvings: stop(f'--res {cfg.res} cannot be halved {halvings} times: see --mult')
-    if cfg.batch < cfg.gpus: stop(f'--batch {cfg.batch}: fewer images than processes, {cfg.gpus}')
+    if min(cfg.batch, cfg.sample or cfg.batch) < cfg.gpus: stop(f'--gpus {cfg.gpus}: more than images')
     if list(cfg.ts) != sorted(cfg.ts, reverse=True): stop(f'--ts {cfg.ts}: noise levels fall')
     if cfg.nfe > len(cfg.ts): stop(f'--nfe {cfg.nfe} needs as many noise levels in --ts {cfg.ts}')
     if cfg.label >= cfg.classes * cfg.cond: stop(f'--label {cfg.label}: there is no such class')

@@ -126,7 +126,6 @@ class Toy(nn.Module):
 
     def forward(self, x, c_noise, labels=None): return toy(self.a, self.s, self.axis)(x, c_noise)
 
-
 # ------------------------------------------------------------------------------------------ methods
 
 EPS = torch.finfo(torch.float32).eps
@@ -843,6 +842,9 @@ def test_tangent_is_the_derivative_of_f_along_the_trajectory(arch):
     for step, r in ((10, 0), (60, .5), (110, 1), (500, 1)):
         expected = -cos**2 * (.5 * out - dx) - r * (cos * sin * x_t + J)
         close(loss.tangent(x, y, z, t, step)[1], expected)
+    distil = scm_loss(toy(), '--scd', 1)                # dx_t/dt = sigma_d F_teacher(x_t / sigma_d, t)
+    distil.net, distil.teacher = net, lambda v, s, y: dx / .5 + (v - x_t / .5) + wide(s - t)
+    close(distil.tangent(x, y, z, t, 110)[1], g)
 
 def test_tangent_is_that_of_the_dropout_masks_drawn():
     net, (x, z, t) = random_net('scm', '--dropout', .5).train(), scm_inputs()
@@ -1183,16 +1185,13 @@ def test_labels_matter_to_a_conditional_network_alone_and_none_is_no_class(arch)
         if cond: net.map_label.weight.data *= 0
         close(net(x, t, y), none)
 
-
-# ------------------------------------------------------------------------------------------------ text
+# ------------------------------------------------------------------------------------------ frame
 
 README = (HERE / 'README.md').read_text()
 SECTIONS = 'method recipe network data training sampling checkpoints line'.split()      # by their last words
 LIKE = dict(ct=('ict', 263), ict=('ect', 362), sct=('ect', 201), scm=('ect', 378), tcm=('ect', 186))
 
-
 def source(name): return (HERE / f'{name}.py').read_text()
-
 
 def pieces(name):
     """{top-level name: its source text}"""
@@ -1202,7 +1201,6 @@ def pieces(name):
         text = '\n'.join(lines[node.lineno - 1:node.end_lineno])
         found |= dict.fromkeys([node.name] if hasattr(node, 'name') else targets, text)
     return found
-
 
 def test_a_name_that_two_scripts_share_has_the_same_text_and_place():
     found, texts = {name: pieces(name) for name in METHODS}, {}
@@ -1218,7 +1216,6 @@ def test_a_name_that_two_scripts_share_has_the_same_text_and_place():
         assert [n for n in found[a] if n in found[b]] == [n for n in found[b] if n in found[a]], (a, b)
     for n in pieces('fid').keys() & texts.keys() - {'config', 'main', 'pieces'}:
         assert pieces('fid')[n] == texts[n], f'{n} in fid.py has drifted'
-
 
 @pytest.mark.parametrize('name', [*METHODS, 'fid'])
 def test_a_script_has_short_lines_no_unused_import_and_its_method_on_the_first_screens(name):
@@ -1239,7 +1236,6 @@ def test_a_script_has_short_lines_no_unused_import_and_its_method_on_the_first_s
         diff = subprocess.run(['diff', '-U0', *files], capture_output=True, text=True).stdout
         assert sum(line[:1] in ('+', '-') for line in diff.splitlines()) - 2 <= LIKE[name][1]
 
-
 @every_method
 def test_every_knob_has_one_value_or_three_and_a_meaning_and_is_used(name, capsys):
     text, module = source(name), MODULES[name]
@@ -1252,7 +1248,6 @@ def test_every_knob_has_one_value_or_three_and_a_meaning_and_is_used(name, capsy
         assert f'--{knob}' in shown and len(values) in (1, 3) and isinstance(meaning, str) and meaning
         argv = [f'--{knob}', '1']       # torchrun takes what abbreviates a flag of its own
         assert end.value.code == 0 and parse_args([f'{name}.py', *argv]).training_script_args == argv
-
 
 TOY = '''class Loss(nn.Module):
     def __init__(self, net, cfg, data):
@@ -1269,7 +1264,6 @@ TOY = '''class Loss(nn.Module):
     def begin(self, ema): self.net.load_state_dict(ema.state_dict())
     def averages(self, ema, step): return [(ema, self.cfg.ema)]
 '''
-
 
 def test_a_method_in_a_copy_of_ect_passes_every_test_of_the_frame(tmp_path):
     """Its text is ect.py's with another docstring, Loss and knobs; it is registered by a line of METHODS."""
@@ -1291,7 +1285,6 @@ def test_a_method_in_a_copy_of_ect_passes_every_test_of_the_frame(tmp_path):
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=900,
                           env=os.environ | dict(SCRIPTS=str(tmp_path), OMP_NUM_THREADS='1'))
     assert done.returncode == 0 and int(re.search(r'(\d+) passed', done.stdout)[1]) > 11, done.stdout
-
 
 def test_cifar10_is_downloaded_checked_and_read_from_its_archive(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
@@ -1316,7 +1309,6 @@ def test_cifar10_is_downloaded_checked_and_read_from_its_archive(tmp_path, monke
     Path('datasets/cifar.tar.gz').write_bytes(archive.read_bytes()[:2000])
     assert 'cifar.tar.gz cannot be read' in fails(capfd, 2, 'ect', *flags)
 
-
 def test_a_data_file_says_its_size_and_classes_and_stays_on_the_disk(tmp_path, monkeypatch):
     maps, four, columns = Path('/proc/self/maps'), torch.arange(12) % 4, ect.CONFIG
     for labels, classes in ((four, 4), (None, 0), (four * 2, 0), (four + 1, 0), (four - 1, 0), (four * 0, 1)):
@@ -1333,7 +1325,6 @@ def test_a_data_file_says_its_size_and_classes_and_stays_on_the_disk(tmp_path, m
         cfg = config('ect', '--data', saved(tmp_path / 'a.pt', pictures(4, res)), '--mult', '1')
         assert (cfg.ch, cfg.P_mean) == (columns['ch'][column], columns['P_mean'][column])
 
-
 # ------------------------------------------------------------------------------------------------ training
 
 @pytest.fixture(scope='session')
@@ -1346,7 +1337,6 @@ def runs(data, tmp_path_factory):
         return out
     return of
 
-
 @pytest.fixture
 def forked(monkeypatch):
     """The processes of --gpus come from a server that has imported torch, which takes most of their time."""
@@ -1354,10 +1344,8 @@ def forked(monkeypatch):
     multiprocessing.set_forkserver_preload(['torch', 'torch._dynamo'])
     monkeypatch.setattr(torch.multiprocessing, 'spawn', start)
 
-
 def rows_of(folder):                    # of log.csv, without their pace
     return [line.rsplit(',', 1)[0] for line in (folder / 'log.csv').read_text().splitlines()]
-
 
 def interrupted(monkeypatch, name, at, *argv):
     """A run in which Ctrl-C is pressed as it has written the row of step `at`"""
@@ -1371,7 +1359,6 @@ def interrupted(monkeypatch, name, at, *argv):
         go(name, *argv)
     assert end.value.code == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler        # so pytest answers it, too
-
 
 @every_method
 def test_a_step_sees_what_was_drawn_and_leaves_no_tensor_behind(name, data, tmp_path, monkeypatch):
@@ -1397,7 +1384,6 @@ def test_a_step_sees_what_was_drawn_and_leaves_no_tensor_behind(name, data, tmp_
         assert u.shape == (len(x), 2) and u.dtype == torch.float64 and z.shape == x.shape
     assert 0.2 < np.mean(flips) < 0.8 and len({args[2].sum().item() for args in seen}) == len(seen) == 10
 
-
 @every_method
 def test_a_run_that_was_broken_off_ends_bitwise_as_a_whole_one_and_rows_stand_once(
         name, data, tmp_path, monkeypatch, capfd):
@@ -1410,7 +1396,6 @@ def test_a_run_that_was_broken_off_ends_bitwise_as_a_whole_one_and_rows_stand_on
     for part in ('loss', 'ema'): assert_same(whole[part], parts[part], rtol=0, atol=0)
     rows = rows_of(tmp_path / 'whole')
     assert rows == rows_of(folder) and [row.split(',')[0] for row in rows[1:]] == [*'123456789']
-
 
 @every_method
 def test_processes_and_micro_batches_do_not_change_the_run(name, data, tmp_path, forked):
@@ -1430,7 +1415,6 @@ def test_processes_and_micro_batches_do_not_change_the_run(name, data, tmp_path,
             a, b = ([float(v) for v in row.split(',')[2:5]] for row in rows)
             assert a == pytest.approx(b, rel=1e-3)
 
-
 @every_method
 def test_mixed_precision_trains_and_goes_on_with_its_scaler(name, data, tmp_path, monkeypatch):
     argv = ['--data', data, *short(name), *'--steps 9 --save_every 6 --log_every 1 --amp fp16 --out'.split()]
@@ -1443,7 +1427,6 @@ def test_mixed_precision_trains_and_goes_on_with_its_scaler(name, data, tmp_path
     assert whole['scaler'] == parts['scaler'] != {}
     interrupted(monkeypatch, name, 7, *argv, tmp_path / 'off', '--amp', 'off')
     go(name, *argv, tmp_path / 'off')
-
 
 @pytest.mark.parametrize('name, arch', [('ect', 'ddpmpp'), ('tcm', 'ddpmpp'), ('ect', 'edm2')])
 def test_half_precision_gradients_are_those_of_float32(name, arch):
@@ -1459,7 +1442,6 @@ def test_half_precision_gradients_are_those_of_float32(name, arch):
     for amp, error in (('fp16', 0.05), ('bf16', 0.4)):
         assert (grads[amp] - grads['off']).norm() < error * grads['off'].norm()
 
-
 @every_method
 def test_amp_off_means_no_tf32_anywhere(name, monkeypatch):
     module, seen, cudnn, products = MODULES[name], [], torch.backends.cudnn, torch.backends.cuda.matmul
@@ -1472,7 +1454,6 @@ def test_amp_off_means_no_tf32_anywhere(name, monkeypatch):
         module.process(0, config(name, *argv))
     torch.set_float32_matmul_precision('highest')
     assert seen == [(True, True), (False, False), (True, True), (False, False)]
-
 
 @every_method
 def test_checkpoint_is_plain_data_and_nothing_is_drawn_in_more_than_micro_images(
@@ -1494,7 +1475,6 @@ def test_checkpoint_is_plain_data_and_nothing_is_drawn_in_more_than_micro_images
     cells = torch.from_numpy(grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, 8, 8).astype(int))
     assert max(sizes) == 50 and (cells - torch.cat(drawn)).abs().max() <= 1     # one step above two
 
-
 def test_a_status_row_tells_means_since_the_last_and_the_pace_of_one_phase(data, tmp_path, monkeypatch):
     losses, forward = [], tcm.Loss.forward
     clock = types.SimpleNamespace(time=itertools.count().__next__)      # a second between two looks
@@ -1508,7 +1488,6 @@ def test_a_status_row_tells_means_since_the_last_and_the_pace_of_one_phase(data,
         mean = np.mean([loss.mean().item() for loss in losses[first:last]])
         assert [float(row[2]), float(row[5])] == pytest.approx([mean, 8 * (last - first)], rel=1e-3)
 
-
 @pytest.mark.parametrize('name, ours', [*((name, True) for name in METHODS), ('ect', False), ('ict', False)])
 def test_init_takes_shape_and_weights_from_our_checkpoint_and_from_edms(name, ours, runs, data, tmp_path):
     init, ch = (runs(name) / 'latest.pt', 8) if ours else (pickled('edm_ddpmpp_tiny'), 32)
@@ -1517,7 +1496,6 @@ def test_init_takes_shape_and_weights_from_our_checkpoint_and_from_edms(name, ou
     after = go(name, '--data', data if ours else saved(tmp_path / 'd.pt', pictures(16, 16)), *still)
     assert [after['config'].get(knob, 0) for knob in ('ch', 'mult', 'warmup')] == [ch, (1, 2), 0]
     assert_same(after['ema'], MODULES[name].load(init)['ema'], rtol=0, atol=1e-6)
-
 
 @pytest.mark.parametrize('part', ['loss', 'gradient'])
 def test_nan_ends_the_run_before_anything_is_saved(part, data, tmp_path, monkeypatch, capfd):
@@ -1532,7 +1510,6 @@ def test_nan_ends_the_run_before_anything_is_saved(part, data, tmp_path, monkeyp
     assert torch.load(tmp_path / 'latest.pt', weights_only=True)['step'] == 4
     assert not (tmp_path / 'samples-000008.png').exists()
 
-
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
     resource, path = pytest.importorskip('resource'), tmp_path / 'latest.pt'
     argv = [*short('ect'), *'--steps 6 --save_every 2 --log_every 1 --out'.split(), tmp_path, '--data', data]
@@ -1544,7 +1521,6 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(data, tmp_path,
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert 'Errno 27' in f'{end.value}{end.value.__context__}' and len(before) > 100_000
     assert path.read_bytes() == before and not list(tmp_path.glob('*.part'))
-
 
 @pytest.mark.parametrize('name, kills', [
     ('ect', 2), *(pytest.param(name, 30, marks=slow, id=f'slow-{name}') for name in METHODS)])
@@ -1563,7 +1539,6 @@ def test_kills_at_random_moments_change_nothing(name, kills, data, tmp_path):
     for part in ('loss', 'ema'): assert_same(whole[part], parts[part], rtol=0, atol=0)
     assert rows_of(folder) == rows_of(tmp_path / 'whole') and not list(folder.glob('*.part'))
 
-
 def test_a_process_that_fails_ends_the_run_with_its_reason(wrong, data, tmp_path, forked, capfd):
     argv, out = ['--data', data, *'--batch 2 --gpus 2 --device cpu --out'.split()], tmp_path / 'run'
     with pytest.raises(SystemExit) as end: go('ect', *argv, out, '--init', wrong / 'state.pt')
@@ -1576,7 +1551,6 @@ def test_a_process_that_fails_ends_the_run_with_its_reason(wrong, data, tmp_path
     with pytest.raises(SystemExit) as end: go('ect', *argv, out)
     assert end.value.code == 1 and 'terminated with signal SIGKILL' in capfd.readouterr().err
 
-
 # --------------------------------------------------------------------------------------- refusals, samples
 
 def other_than(name, knob, value):
@@ -1584,7 +1558,6 @@ def other_than(name, knob, value):
     if knob in MODULES[name].CHOICES: return next(c for c in MODULES[name].CHOICES[knob] if c != value)
     if isinstance(value, str): return 'other.pt'
     return '3,1' if isinstance(value, tuple) else '7' if math.isinf(value) else value + 1
-
 
 @every_method
 def test_the_recipe_of_a_run_is_fixed_when_it_begins(name, runs, data, tmp_path, monkeypatch, capfd):
@@ -1607,7 +1580,6 @@ def test_the_recipe_of_a_run_is_fixed_when_it_begins(name, runs, data, tmp_path,
         cfg = vars(MODULES[name].config(['--out', str(latest.parent), *given]))
         assert all(cfg[knob] == recipe[knob] for knob in recipe.keys() - machine)
 
-
 @pytest.fixture(scope='session')
 def wrong(tmp_path_factory):
     """A folder of what people give to --data and --init by mistake"""
@@ -1620,7 +1592,6 @@ def wrong(tmp_path_factory):
     for name in ('text.pt', 'text.pkl', 'file', 'x.zip', 'x.npz'): (folder / name).write_text('words')
     (folder / 'empty').mkdir()
     return folder
-
 
 @pytest.mark.parametrize('argv, message', [
     ('--data nowhere.pt', 'nowhere.pt cannot be read: FileNotFoundError'), ('--step 5', 'unrecognized'),
@@ -1654,13 +1625,11 @@ def test_bad_input_is_one_line(argv, message, wrong, runs, data, tmp_path, monke
     line = fails(capfd, 2, 'ect', '--out', tmp_path / 'run', *argv.format(**places).split())
     assert message.format(**places) in line and not [*tmp_path.iterdir(), *(wrong / 'empty').iterdir()]
 
-
 def test_a_user_with_a_poor_console_a_stray_environment_and_a_long_seed_trains(data, tmp_path):
     shutil.copy(data, tmp_path / 'снимки.pt')
     done = run('ect', '--data', 'снимки.pt', *short('ect'), '--steps', 6, '--seed', 10**30, cwd=tmp_path,
                env=dict(PYTHONIOENCODING='ascii', LOCAL_RANK='0', MASTER_PORT='x'))
     assert done.returncode == 0 and not done.stderr and 'ect on ??????.pt: 40' in done.stdout, done.stderr
-
 
 def test_hostile_and_damaged_files_run_nothing_and_are_refused(runs, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
@@ -1677,7 +1646,6 @@ def test_hostile_and_damaged_files_run_nothing_and_are_refused(runs, tmp_path, m
         assert re.search(r'\.(pt|pkl) cannot be read', fails(capfd, 2, 'ect', '--out', 'run', *argv.split()))
     assert not Path('owned').exists() and not Path('run').exists()
 
-
 def test_a_checkpoint_brings_its_knobs_and_nothing_else(runs, tmp_path):
     state = torch.load(runs('ect') / 'latest.pt', weights_only=True)
     flags = dict(save=str(tmp_path / 'elsewhere.npz'), nfe=2, label=1, device='x', gpus=10**6, sample=7)
@@ -1688,7 +1656,6 @@ def test_a_checkpoint_brings_its_knobs_and_nothing_else(runs, tmp_path):
         assert (cfg.save, cfg.nfe, cfg.label, cfg.device, cfg.gpus) == ('', 1, -1, config('ect').device, 1)
         assert cfg.sample == 2 * len(argv[1:]) and (cfg.c, cfg.shift) == (0.03, 0.0)
 
-
 @every_method
 def test_samples_become_the_nearest_levels(name, monkeypatch):
     k, cfg = torch.arange(256), config(name)
@@ -1697,7 +1664,6 @@ def test_samples_become_the_nearest_levels(name, monkeypatch):
         monkeypatch.setattr(MODULES[name], 'sample', lambda *args, **kw: x.view(1, 3, 16, 16))
         drawn = MODULES[name].generate(cfg, None, torch.arange(1), cfg.ts[:1], torch.device('cpu'))
         assert torch.equal(drawn.flatten(), levels.byte())
-
 
 @every_method
 def test_image_i_is_a_function_of_seed_and_i(name, runs, tmp_path, monkeypatch, forked):
@@ -1720,7 +1686,6 @@ def test_image_i_is_a_function_of_seed_and_i(name, runs, tmp_path, monkeypatch, 
     files = sorted((tmp_path / 'png').iterdir())
     assert len(files) == 16 and near(np.stack([np.asarray(Image.open(file)) for file in files]), images)
 
-
 def test_each_last_line_names_the_next_command_from_pictures_to_fid(tmp_path, monkeypatch, capfd):
     """A folder given to ect.py names --pack, that names training, that names sampling, that names fid.py."""
     monkeypatch.chdir(tmp_path)
@@ -1736,13 +1701,11 @@ def test_each_last_line_names_the_next_command_from_pictures_to_fid(tmp_path, mo
     images, labels = np.load(re.fullmatch(r'next: python fid.py (\S+\.npz)', said)[1]).values()
     assert images.shape == (20, 16, 16, 3) and labels.tolist() == [0, 1] * 10
 
-
 # ----------------------------------------------------------------------------------------------- README, slow
 
 LEGIBLE = dict(ct=(0.3, 30, 0.4, 30), ict=(0.6, 15, 0.8, 15), ect=(0.6, 6, 0.85, 4), sct=(0.6, 6, 0.85, 4),
                scm=(0.5, 15, 0.7, 15), tcm=(0.6, 8, 0.8, 8))
 PASSES = dict(ct=[4], ict=[4], ect=[3, 4], sct=[3, 4], scm=[3, 4], tcm=[3, 4, 5])       # of a step, by phase
-
 
 @slow
 @pytest.mark.parametrize('name, seed', [*((name, None) for name in LEGIBLE), *(('scm', i) for i in range(5))])
@@ -1763,7 +1726,6 @@ def test_slow_default_run_leaves_legible_digits_and_scm_is_stable(name, seed, tm
         assert row['sure'] > sure and row['FD-digits'] < distance
         assert brief or row['share_min'] > 0.04 and row['share_max'] < 0.22 and row['colour_min'] > 0.65
 
-
 @pytest.mark.parametrize('name', PASSES)
 def test_a_step_costs_as_many_passes_as_the_readme_counts(name):
     cfg = config(name, *short(name), '--steps', 30, *['--refs', 1] * (name == 'sct'))
@@ -1776,7 +1738,6 @@ def test_a_step_costs_as_many_passes_as_the_readme_counts(name):
     one, starts = operations(lambda: net(x, u[:, 0])), sorted({loss.phase(step)[1] for step in range(30)})
     costs = [operations(lambda: loss(x, None, u.double(), z, step).sum().backward()) for step in starts]
     assert [cost / one for cost in costs] == pytest.approx(PASSES[name], rel=0.02)
-
 
 @pytest.mark.skipif('--d 0' in README or not shutil.which('bash'), reason='an old README, or no bash')
 def test_the_commands_in_the_readme_are_right_and_its_comparison_is_of_equal_budgets(tmp_path, monkeypatch):
@@ -1801,7 +1762,6 @@ def test_the_commands_in_the_readme_are_right_and_its_comparison_is_of_equal_bud
     fid.main([*map(str, sorted(Path().glob(path))), *flags])
     assert script == 'fid.py' and not said.stderr
 
-
 # ----------------------------------------------------------------------------------------- reading of pictures
 
 def png(image):
@@ -1809,7 +1769,6 @@ def png(image):
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, 'PNG')
     return file.getvalue()
-
 
 def stored(path, images, names, **others):
     """Pictures of these names, and other files, in a new .zip or a folder -> path"""
@@ -1823,17 +1782,14 @@ def stored(path, images, names, **others):
             Path(path, name).write_bytes(content)
     return path
 
-
 def npz(**images):
     for name, x in images.items(): np.savez(f'{name}.npz', x.permute(0, 2, 3, 1).numpy())
-
 
 def packed(path, *argv):
     """What `fid.py --pack path` makes -> images, labels"""
     with tempfile.TemporaryDirectory() as folder:
         fid.main(['--pack', path, '--save', f'{folder}/x.pt', *map(str, argv)])
         return torch.load(f'{folder}/x.pt', weights_only=True)
-
 
 def refuses(capfd, *argv):
     """fid.py ends with code 2 and a line on stderr, which is returned; notes may stand before it"""
@@ -1845,20 +1801,17 @@ def refuses(capfd, *argv):
     assert all('by its size' in text or 'bias the distance' in text for text in notes), notes
     return line
 
-
 def deep_png(colour, channels):
     """A PNG of 8 x 8 with 16 bits a channel"""
     def chunk(kind, data): return len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big')
     head, rows = bytes([0, 0, 0, 8, 0, 0, 0, 8, 16, colour, 0, 0, 0]), (b'\0' + bytes(16 * channels)) * 8
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
 
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder, which the test is in"""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
 
 def test_every_format_holds_the_same_images_and_labels(here, capfd):
     x, y = pictures(25, 32), torch.arange(25) % 7
@@ -1884,7 +1837,6 @@ def test_every_format_holds_the_same_images_and_labels(here, capfd):
         Path('cifar-10-binary.tar.gz').write_bytes(content)
         assert 'cifar-10-binary.tar.gz cannot be read' in refuses(capfd, '--pack', 'cifar-10-binary.tar.gz')
 
-
 def adm_crop(a, res):
     """ADM's crop of an array (H, W, 3) in numpy: means of 2 x 2 while a side is twice too large, then Pillow's bicubic
     (a = -1/2, widened when it shrinks) as two products with matrices, each result rounded to 8 bits."""
@@ -1904,14 +1856,12 @@ def adm_crop(a, res):
     a = byte(np.einsum('yh,hwc->ywc', matrix(a.shape[0], h), a))
     return a[(h - res) // 2:, (w - res) // 2:][:res, :res]
 
-
 @pytest.mark.parametrize('size', [(8, 8), (16, 16), (34, 20), (48, 80), (36, 100), (15, 9), (8, 21), (5, 7), (96, 64)])
 def test_pictures_are_cropped_as_adm_does(size):
     image = Image.fromarray(pictures(1, 128, size[0])[0].permute(1, 2, 0).numpy()).resize(size, Image.BICUBIC)
     got = np.asarray(fid.crop(image, 8))
     assert got.shape == (8, 8, 3) and np.abs(got - adm_crop(np.asarray(image), 8)).max() <= 1      # fixed-point sums
     if size == (8, 8): assert (got == np.asarray(image)).all()
-
 
 @pytest.mark.parametrize('names, labels, said', [
     ('n10/a.png n02/a.png n02/b.JPG n1/x/y.png', [0, 0, 1, 2], '3 classes (n02 -> 0, n1 -> 1, n10 -> 2)'),
@@ -1933,7 +1883,6 @@ def test_class_folders_are_labels_in_the_order_of_their_names_which_are_said(nam
     out = capfd.readouterr().out
     assert f'{len(visible)} pictures' in out and said in out and len(out) < 700
 
-
 def test_links_count_but_what_leads_nowhere_or_back_is_an_error(here, capfd):
     stored('else', pictures(3, 16), ['0.png', '1.png', '2.png'])
     stored('d', pictures(1, 16), ['cat/0.png'])
@@ -1945,7 +1894,6 @@ def test_links_count_but_what_leads_nowhere_or_back_is_an_error(here, capfd):
     assert 'd/cat/1.png cannot be read: FileNotFoundError' in refuses(capfd, '--pack', 'd')
     os.symlink(here / 'd', 'd/dog/back')
     assert 'd cannot be read: ValueError a link in it leads back to it' in refuses(capfd, '--pack', 'd')
-
 
 @pytest.mark.parametrize('labels, expected', [
     ([('0.png', 1), ('1.png', 0), ('2.png', 1), ('gone.png', 7)], [1, 0, 1]),
@@ -1967,7 +1915,6 @@ def test_dataset_json_gives_labels_wherever_it_lies_and_all_numbers_are_used(lab
         y = packed('d.zip')[1]
         assert (y if y is None else y.tolist()) == expected
         assert ('1 pictures have NO LABEL' in capfd.readouterr().out) == (expected == [1, -1, 0])
-
 
 def test_pictures_are_as_the_camera_was_held_on_white_and_of_every_kind(here):
     up, exif = Image.new('RGB', (32, 32), 'blue'), Image.Exif()
@@ -1995,7 +1942,6 @@ def test_pictures_are_as_the_camera_was_held_on_white_and_of_every_kind(here):
         if image.mode != '1': assert (fid.load_images(f'{i}')[0] - expected).abs().max() <= 1, i
         else: assert fid.load_images(f'{i}').unique().tolist() == [0, 255]
 
-
 @pytest.mark.parametrize('name, content, message', [
     ('deep.png', deep_png(0, 1), 'of more than 8 bits'), ('deep.png', deep_png(2, 3), 'it is RGB of more than 8 bits'),
     ('deep.png', deep_png(6, 4), 'it is RGBA of more than 8 bits'), ('deep.png', deep_png(4, 2), 'of more than 8 bits'),
@@ -2010,7 +1956,6 @@ def test_a_picture_that_cannot_be_meant_is_named_and_nothing_is_left(name, conte
     line = refuses(capfd, '--pack', 'd', '--res', 8)
     assert f'd/25-{name} cannot be read: ' in line and message in line
     assert {*os.listdir()} <= {'d', 'datasets'} and not list(here.glob('datasets/*'))
-
 
 def test_packing_says_sizes_kinds_and_how_far_it_is_and_never_overwrites(here, capfd, monkeypatch):
     names = [f'{i:04d}.png' for i in range(1001)]
@@ -2037,7 +1982,6 @@ def test_packing_says_sizes_kinds_and_how_far_it_is_and_never_overwrites(here, c
     fid.main(['--pack', 'x.zip'])
     assert not any(Path(name).exists() for name in ('../../evil.png', '../evil.png', 'evil.png', '/tmp/evil-of-fid.png'))
 
-
 def test_a_data_file_is_whole_or_not_there_and_only_its_images_are_in_memory(here, monkeypatch):
     stored('d', pictures(2500, 8), [f'{i:04d}.png' for i in range(2500)])
     made, pieces, pixels = [], [], fid.Pictures.pixels
@@ -2053,7 +1997,6 @@ def test_a_data_file_is_whole_or_not_there_and_only_its_images_are_in_memory(her
     monkeypatch.setattr(torch, 'save', full)
     with pytest.raises(OSError): fid.main(['--pack', 'd', '--save', 'x/y.pt'])
     assert not os.listdir('x')
-
 
 @pytest.mark.parametrize('argv, message', [
     ('', 'give samples to judge, or pictures to --pack'), ('r.npz --pack d', 'give samples to judge, or pictures'),
@@ -2122,7 +2065,6 @@ class Small(nn.Module):
         q = nn.functional.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)
         return torch.cat([q, q[:, :3] * q[:, 3:6]], 1), None
 
-
 @pytest.fixture
 def small(monkeypatch, here):
     """fid.py with the network Small, in an empty folder with a reference and samples, 40 images each"""
@@ -2130,7 +2072,6 @@ def small(monkeypatch, here):
     monkeypatch.setattr(fid, 'network', lambda: net)
     npz(ref=pictures(40, 8, 1), s=pictures(40, 8, 2))
     return net
-
 
 def score(capfd, *argv):
     """What fid.py --json prints, as [{column: value}], and its stderr"""
@@ -2140,9 +2081,7 @@ def score(capfd, *argv):
     out, err = capfd.readouterr()
     return [{column: value[0] for column, value in row.items()} for row in json.loads(out)['models']], err
 
-
 def of(x): return x.mean(0), np.cov(x.T)
-
 
 def test_inception_has_the_tensors_of_pytorch_fids_file_and_agrees_with_its_network(here, monkeypatch):
     """Also image by image, read from a file of weights, whose sha256 is checked"""
@@ -2170,7 +2109,6 @@ def test_inception_has_the_tensors_of_pytorch_fids_file_and_agrees_with_its_netw
     fid.network.cache_clear()
     close(alone, golden['features'], rtol=1e-4, atol=1e-4)
 
-
 @pytest.mark.parametrize('n', [16, 32, 64, 299, 512])
 def test_the_resize_is_that_of_tensorflow_1(n):
     """A ramp tells the grid: samples at i n / 299, and beyond the edge the edge"""
@@ -2178,7 +2116,6 @@ def test_the_resize_is_that_of_tensorflow_1(n):
     for x, axis in ((ramp, 3), (ramp.mT, 2)):
         got = fid.Inception.input(None, x).movedim(axis, 3)[0, 1, 7].double().numpy() * 128 + 128
         np.testing.assert_allclose(got, (i * n / 299).clip(0, min(n - 1, 255)), atol=0.02 if n > 256 else 2e-3)
-
 
 def test_frechet_is_exact_also_for_singular_covariances():
     """In closed form, turned, against the singular values of centred samples, and 0 for itself"""
@@ -2198,7 +2135,6 @@ def test_frechet_is_exact_also_for_singular_covariances():
         assert fid.frechet(*of(x), *of(y)) == pytest.approx(exact, rel=1e-9) == fid.frechet(*of(y), *of(x))
         assert abs(fid.frechet(*of(x), *of(x))) < 1e-9
 
-
 def test_frechet_inf_is_the_intercept_over_one_over_n():
     """Features whose distance is about c + 40 / n: the line meets the axis nearer the truth than the whole sample."""
     mu, sigma = np.zeros(40), np.eye(40)
@@ -2208,7 +2144,6 @@ def test_frechet_inf_is_the_intercept_over_one_over_n():
     draw, sizes = np.random.RandomState(0), np.linspace(5000, 12_000, 15).astype(int)
     values = [fid.frechet(*of(x[draw.choice(12_000, size, replace=False)].astype(float)), mu, sigma) for size in sizes]
     assert limit == pytest.approx(stats.linregress(1 / sizes, values).intercept, rel=1e-6)
-
 
 def test_inception_score_and_kernel_distance_are_their_definitions_term_by_term():
     rng, weight = np.random.default_rng(0), torch.randn(7, 5)
@@ -2229,7 +2164,6 @@ def test_inception_score_and_kernel_distance_are_their_definitions_term_by_term(
         values.append(same - 2 * np.mean([[k(p, q) for q in b] for p in a]))
     assert fid.kernel_distance(x, y) == pytest.approx(np.mean(values), rel=1e-9)
 
-
 def test_precision_and_recall_count_the_balls_of_the_third_neighbour():
     rng = np.random.default_rng(0)
     real = rng.standard_normal((60, 3)).astype(np.float32)
@@ -2240,7 +2174,6 @@ def test_precision_and_recall_count_the_balls_of_the_third_neighbour():
         return np.mean([any(d(p[None], c[None])[0, 0] <= np.sort(d(c[None], y)[0])[3] for c in y) for p in x])
     got = fid.precision_recall(real, fake)
     assert got == pytest.approx((share(fake, real), share(real, fake))) and 1 > got[0] > got[1] + 0.1 > 0.1
-
 
 def test_statistics_are_those_of_numpy_on_edms_subset_and_every_second_feature_of_many_is_kept(small, capfd):
     """EDM shuffles all numbers by seed 0 and takes the first."""
@@ -2255,7 +2188,6 @@ def test_statistics_are_those_of_numpy_on_edms_subset_and_every_second_feature_o
         np.testing.assert_allclose(found.sigma, np.cov(x.T), rtol=0, atol=1e-7)
         np.testing.assert_allclose(found.features, x[::every], rtol=0, atol=1e-6)
     assert small.calls == 40 + 2000 + 2000 + 2 * 50_003         # those of a.npz were found again
-
 
 def test_results_are_kept_by_content_and_a_damaged_file_of_them_is_made_again_aloud(small, capfd, monkeypatch):
     first, err = score(capfd, 's.npz', '--ref', 'ref.npz')
@@ -2277,7 +2209,6 @@ def test_results_are_kept_by_content_and_a_damaged_file_of_them_is_made_again_al
     assert 'is read-only: the statistics of s.npz are not kept' in err and small.calls == calls + 60
     assert cache.stat().st_size == len(kept)
 
-
 def test_several_fids_at_once_in_one_folder_all_end_well(here):
     for k in range(3): npz(**{f's{k}': pictures(30, 8, k)})
     code = f"""import sys; sys.path.insert(0, {str(HERE)!r})
@@ -2296,7 +2227,6 @@ fid.main(['s0.npz', 's1.npz', 's2.npz', '--ref', 's0.npz'])"""
     assert len({out for out, *_ in said}) == 1 and not list(here.glob('*.part')) and len(list(here.glob('*.fid'))) == 3
     for k in range(3): assert np.load(f's{k}.npz.inception.fid')['mu'].shape == (15,)
 
-
 def test_statistics_files_of_edm_adm_and_edm2_are_read_and_want_50000_samples(small, capfd):
     direct, _ = score(capfd, 's.npz', '--ref', 'ref.npz')
     ours = np.load('ref.npz.inception.fid')
@@ -2313,7 +2243,6 @@ def test_statistics_files_of_edm_adm_and_edm2_are_read_and_want_50000_samples(sm
     assert 's.npz holds 40 images, fewer than 50000' in refuses(capfd, 's.npz', '--ref', 'edm.npz')
     np.savez('edm.npz', mu=mu[:9], sigma=sigma[:9, :9])
     assert 'has 9 features, not 15' in refuses(capfd, 's.npz', '--ref', 'edm.npz', '--num', 40)
-
 
 def test_the_reference_is_what_the_run_was_trained_on_else_by_size(small, capfd):
     def run_on(name, data, images):
@@ -2351,7 +2280,6 @@ def test_the_reference_is_what_the_run_was_trained_on_else_by_size(small, capfd)
         rows, err = score(capfd, 'runs/known', '--num', 40)
         assert rows[0]['reference'] == name and 'by its size' not in err
 
-
 def test_own_pictures_of_odd_sizes_are_compared_at_the_size_of_the_samples_aloud(small, capfd):
     for i, (image, (h, w)) in enumerate(zip(pictures(60, 50), [(50, 50), (50, 37), (20, 30), (24, 24)] * 15)):
         stored('photos', [image[:, :h, :w]], [f'{"ab"[i % 2]}/{i:02d}.png'])
@@ -2362,7 +2290,6 @@ def test_own_pictures_of_odd_sizes_are_compared_at_the_size_of_the_samples_aloud
     assert row['FID'] == pytest.approx(fid.frechet(*of(features[0]), *of(features[1])), rel=1e-6)
     (row,), err = score(capfd, 'photos', '--ref', 'photos')
     assert abs(row['FID']) < 1e-9 and 'photos: 45 of 60 cropped and resized to 50 x 50, 45 enlarged' in err
-
 
 def test_table_and_contact_sheet_of_several_and_copies_are_said(small, capfd):
     def row(name, values, n, p, ref='r'):
@@ -2388,10 +2315,8 @@ def test_table_and_contact_sheet_of_several_and_copies_are_said(small, capfd):
     head, a, b = capfd.readouterr().out.splitlines()
     assert a.split()[0] == 'a' and '(min ' in a and '(min ' not in b and Path('fid.png').exists()
 
-
 @pytest.fixture(scope='module')
 def digits(): return fid.Digits()
-
 
 def damaged_digits(n):
     """{name: uint8 (n, 3, 16, 16)}, of a seed of their own"""
@@ -2406,7 +2331,6 @@ def damaged_digits(n):
         'blur 3': blur(3), 'mirrored': x.flip(3), 'contrast 0.5': mean + .5 * (x - mean), 'blur 5': blur(5),
         'inverted': 255 - x, 'one colour': mean.expand_as(x), 'noise': torch.randint(256, x.shape, generator=g)}
     return {name: image.round().clamp(0, 255).byte() for name, image in kinds.items()}
-
 
 def test_held_out_digits_are_recognised_and_damage_is_ranked(digits):
     images, labels = fid.glyphs(16, 10_000, 2)
@@ -2426,13 +2350,11 @@ def test_held_out_digits_are_recognised_and_damage_is_ranked(digits):
     assert all(abs(rows['held out'][f'colour_{side}'] - 1) < 0.05 for side in ('min', 'max'))
     assert abs(rows['grey']['colour_min'] - 0.62) < 0.05
 
-
 def figures_of_digits(digits):
     """Measures of three sets of 3000 images, for a comparison of machines: (3, 6)"""
     x, g = fid.glyphs(16, 3000, 2)[0], generator(0)
     noise = torch.randint(-8, 9, x.shape, generator=g)
     return np.array([[*digits.judge(v).values()] for v in (x, x // 2 + 60, (x + noise).clamp(0, 255).byte())])
-
 
 def test_fd_digits_is_the_same_to_four_digits_on_machines_that_round_differently(digits):
     """Here, on plain instructions, and where these figures were made; Pillow 10.1 differs by 3e-5."""
@@ -2446,7 +2368,6 @@ print(figures_of_digits(fid.Digits()).tolist())"""
     other = os.environ | dict(ATEN_CPU_CAPABILITY='default', OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=other)
     np.testing.assert_allclose(json.loads(done.stdout), expected, rtol=2e-4)
-
 
 # ----------------------------------------------------------------------------------------------------- GPU
 # pytest -s -k test_gpu test_all.py prints what it measures. GPU_CHECK=cpu: on a CPU, in toy size.
@@ -2462,9 +2383,7 @@ def say(capfd):
         assert mark != 'FAILED', text
     return line
 
-
 def relative(a, b): return ((a - b).norm() / b.norm()).item()
-
 
 @contextlib.contextmanager
 def waits(mode):
@@ -2475,13 +2394,11 @@ def waits(mode):
     try: yield
     finally: torch.cuda.set_sync_debug_mode(before)
 
-
 def switch(amp):
     """As a process of the scripts does"""
     torch.backends.cudnn.benchmark = amp == 'off'
     torch.backends.cudnn.allow_tf32 = amp != 'off'
     torch.set_float32_matmul_precision('highest' if amp == 'off' else 'high')
-
 
 def first_step(name, arch, device, amp):
     """Loss (16,) and gradient of a step of the last phase, random network -> on the CPU, float64"""
@@ -2498,7 +2415,6 @@ def first_step(name, arch, device, amp):
     grads = [p.grad.flatten() / 1024 for p in loss.parameters() if p.grad is not None]
     return value.detach().double().cpu(), torch.cat(grads).double().cpu()
 
-
 @needs_gpu
 @pytest.mark.parametrize('name, arch', [(n, a) for n in METHODS for a in MODULES[n].CHOICES['arch']])
 def test_gpu_step_is_that_of_the_cpu(name, arch, say):
@@ -2508,13 +2424,11 @@ def test_gpu_step_is_that_of_the_cpu(name, arch, say):
         say(f'{name} {arch}, {amp}: error of a loss against the CPU', relative(low_value, value), limit)
         say(f'{name} {arch}, {amp}: error of its gradient', relative(low_grad, grad), limit)
 
-
 def moved(name, argv, state):
     """The way of all weights from where a run by argv started to its checkpoint"""
     module, cfg = MODULES[name], config(name, *argv)
     first = module.Loss(module.new_network(cfg), cfg, None).state_dict()
     return torch.cat([(v.cpu().double() - first[k].double()).flatten() for k, v in state['loss'].items()])
-
 
 @needs_gpu
 @every_method
@@ -2542,7 +2456,6 @@ def test_gpu_trains_in_every_precision_without_waits_and_resumes(name, data, tmp
     parts = moved(name, argv[:-1], go(name, *argv, 'off', '--out', tmp_path / 'parts'))
     say(f'{name}: way of the weights in 10 steps, the 8th interrupted', relative(parts, whole), 1e-3)
 
-
 @needs_gpu
 @pytest.mark.parametrize('name, way', [('ect', '--micro 3'), ('ect', '--gpus 2'), ('scm', '--compile')])
 def test_gpu_run_is_the_same_in_micro_batches_processes_and_compiled(name, way, data, tmp_path, say):
@@ -2551,7 +2464,6 @@ def test_gpu_run_is_the_same_in_micro_batches_processes_and_compiled(name, way, 
     one, other = (moved(name, argv, go(name, *argv, *more, '--out', tmp_path / f'{len(more)}'))
                   for more in ([], way.split()))
     say(f'{name} {way}: way of the weights in 8 steps against one process', relative(other, one), 1e-3)
-
 
 @needs_gpu
 def test_gpu_compiled_student_and_target_share_dropout_masks(say):
@@ -2571,7 +2483,6 @@ def test_gpu_compiled_student_and_target_share_dropout_masks(say):
 OPERATIONS = dict(cifar10=127.1e9, imagenet64=604.8e9)          # an image, both ways, by torch's counter
 BACKEND = 'inductor' if GPU.type == 'cuda' else 'aot_eager'
 
-
 def clock(work):
     """Median of five after three to warm up -> seconds, {kernel: seconds} of one more, GB at most"""
     def once():
@@ -2589,13 +2500,11 @@ def clock(work):
             kernels[event.name] = kernels.get(event.name, 0) + event.time_range.elapsed_us() / 1e6
     return seconds, kernels, memory
 
-
 def recipe(network, batch, amp, *argv):
     """Knobs of ect's column; on a CPU those of a tiny network"""
     tiny = [*TINY[:8], '--res', 16, '--head_dim', 0, '--classes', 10] * (GPU.type == 'cpu')
     switch(amp)
     return config('ect', '--data', network, '--init', 'none', '--batch', batch, '--amp', amp, *tiny, *argv)
-
 
 def timed(network, batch, amp, last=False, compiled=False, lock=contextlib.nullcontext()):
     """A pass of a recipe's network, forward and backward -> clock(), error of compiled code's gradient"""
@@ -2621,7 +2530,6 @@ def timed(network, batch, amp, last=False, compiled=False, lock=contextlib.nullc
     gradients.clear()
     torch.cuda.empty_cache()
     with lock: return *clock(work), error
-
 
 @needs_gpu
 def test_gpu_speed_of_networks_and_compiled_code_agrees(monkeypatch, say):
@@ -2653,7 +2561,6 @@ def test_gpu_speed_of_networks_and_compiled_code_agrees(monkeypatch, say):
             f'{OPERATIONS[network] * batch / own / products[amp]:.0%} of the product, {memory:.1f} GB')
         if error is not None: say(f'{what}: error of the gradient', error, 1e-3 if amp == 'off' else 0.1)
         torch.cuda.empty_cache()
-
 
 @needs_gpu
 @pytest.mark.parametrize('network, batch, amp', [('cifar10', 64, 'off'), ('imagenet64', 32, 'tf32')])
