@@ -944,7 +944,7 @@ def check(cfg):
                 stop(f'--{name} {number}: it must be {"above" if name in positive else "at least"} 0')
     halvings, save = len(cfg.mult) - 1, Path(cfg.save)
     if cfg.res % 2**halvings: stop(f'--res {cfg.res} cannot be halved {halvings} times: see --mult')
-    if min(cfg.batch, cfg.sample or cfg.batch) < cfg.gpus: stop(f'--gpus {cfg.gpus}: fewer images than processes')
+    if cfg.gpus > min(cfg.batch, cfg.sample or cfg.batch): stop('--gpus: fewer images than processes')
     if list(cfg.ts) != sorted(cfg.ts, reverse=True): stop(f'--ts {cfg.ts}: noise levels fall')
     if cfg.nfe > len(cfg.ts): stop(f'--nfe {cfg.nfe} needs as many noise levels in --ts {cfg.ts}')
     if cfg.label >= cfg.classes * cfg.cond: stop(f'--label {cfg.label}: there is no such class')
