@@ -819,7 +819,7 @@ def on_path(x, z, t):
     return cos * x + sin * .5 * z, cos * .5 * z - sin * x, cos, sin
 
 def test_trigflow_ends_variance_and_edms_map():
-    (x, z, t), net = scm_inputs(), edm_toy
+    (x, _, t), net = scm_inputs(), edm_toy
     assert torch.equal(scm.f(toy(), x, torch.zeros(4)), x)
     close(scm.f(toy(), x, x.new_full((4,), math.pi / 2)), -.5 * toy()(2 * x, None))
     x_t = on_path(.5 * torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64), t)[0]
@@ -2441,6 +2441,7 @@ def test_gpu_trains_in_every_precision_without_waits_and_resumes(name, data, tmp
         if interrupted == [i]: raise KeyboardInterrupt
         with waits('default' if run.cfg.amp == 'fp16' else 'error'): return step(run, i)
     monkeypatch.setattr(module.Run, 'step', watched)
+    monkeypatch.setattr(nn.Module, 'compile', lambda self, **how: None)        # it would take minutes, and waits
     if GPU.type == 'cuda':              # a wait is told
         with pytest.raises(RuntimeError), waits('error'): torch.ones(1, device=GPU).item()
     argv = ['--data', data, *short(name), *'--steps 10 --save_every 5 --cond 0 --amp'.split()]
@@ -2457,7 +2458,8 @@ def test_gpu_trains_in_every_precision_without_waits_and_resumes(name, data, tmp
     say(f'{name}: way of the weights in 10 steps, the 8th interrupted', relative(parts, whole), 1e-3)
 
 @needs_gpu
-@pytest.mark.parametrize('name, way', [('ect', '--micro 3'), ('ect', '--gpus 2'), ('scm', '--compile')])
+@pytest.mark.parametrize('name, way', [('ect', '--micro 3'), ('ect', '--gpus 2'), ('ect', '--compile'),
+                                       ('scm', '--compile')])
 def test_gpu_run_is_the_same_in_micro_batches_processes_and_compiled(name, way, data, tmp_path, say):
     if way == '--gpus 2' and torch.cuda.device_count() < 2: pytest.skip('there are not two GPUs')
     argv = ['--data', data, *short(name), '--steps', 8, '--amp', 'off']
