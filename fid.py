@@ -36,8 +36,8 @@ covariance over n - 1, statistics in float64. Where codes differ:
   its reference batch: --ref VIRTUAL_imagenet64_labeled.npz.
 - Our scripts sample all classes in turn, equally often; theirs draw the class of each sample at random.
 """
-import argparse, contextlib, functools, glob, hashlib, io, itertools, json, math, os, pickle, sys, tarfile
-import time, zipfile
+import argparse, contextlib, functools, glob, hashlib, io, itertools, json, logging, math, os, pickle, sys
+import tarfile, time, warnings, zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -706,6 +706,8 @@ def config(argv):
 
 def main(argv=None):
     sys.stdout.reconfigure(errors='replace')                    # a console may lack the letters of a name
+    warnings.filterwarnings('ignore', module='PIL')             # a refusal is one line, without Pillow's own
+    logging.getLogger('PIL').setLevel(logging.CRITICAL)
     cfg = config(argv)
     if cfg.pack: return pack(cfg.pack, cfg.res, cfg.save)
     rows, shown = {}, {}

@@ -429,15 +429,15 @@ def data_file(path):
         images, labels = torch.load(path, mmap=True, weights_only=True)
         n, res = len(images), images.shape[-1]
         found = [(v.dtype, v.shape) for v in (images, labels) if v is not None]
-        if found != [(torch.uint8, (n, 3, res, res)), (torch.int64, (n,))][:len(found)]:
+        if not n or found != [(torch.uint8, (n, 3, res, res)), (torch.int64, (n,))][:len(found)]:
             raise ValueError(f'its images and labels are {found}')
     return images, labels
 
 
 def classes_in(labels):
     """How many classes labels (N,) name, or 0 if not each of 0, 1, ... to the highest is there."""
-    if labels is None or not torch.equal(labels.unique(), torch.arange(labels.max() + 1)): return 0
-    return int(labels.max()) + 1
+    found = torch.arange(0) if labels is None else labels.unique()
+    return len(found) if torch.equal(found, torch.arange(len(found))) else 0
 
 
 def load_data(cfg):
