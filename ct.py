@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "numpy", "pillow>=10.1", "scipy"]
+# dependencies = ["torch>=2.10", "numpy", "pillow>=10.1", "scipy"]
 # ///
 """
 ct.py  Consistency models: consistency training and distillation (Song et al. 2023, arXiv:2303.01469).

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "numpy", "pillow>=10.1", "scipy"]
+# dependencies = ["torch>=2.10", "numpy", "pillow>=10.1", "scipy"]
 # ///
 """
 ect.py  Easy consistency tuning (Geng et al. 2024, "Consistency Models Made Easy", arXiv:2406.14548).

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "numpy", "pillow>=10.1", "scipy"]
+# dependencies = ["torch>=2.10", "numpy", "pillow>=10.1", "scipy"]
 # ///
 """
 ict.py  Improved consistency training (Song & Dhariwal 2023, arXiv:2310.14189).

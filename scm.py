@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "numpy", "pillow>=10.1", "scipy"]
+# dependencies = ["torch>=2.10", "numpy", "pillow>=10.1", "scipy"]
 # ///
 """
 scm.py  Continuous-time consistency models: sCT and sCD (Lu & Song 2024, "Simplifying, Stabilizing and Scaling
@@ -81,6 +81,8 @@ class Loss(nn.Module):
         self.net, self.cfg, self.teacher = net, cfg, frozen(net)
         if cfg.steps < cfg.warmup: stop(f'--steps {cfg.steps}: the warm-up alone takes {cfg.warmup}')
         check_times(cfg.ts)
+        version = tuple(map(int, torch.__version__.split('.')[:2]))
+        if version < (2, 9): stop(f'torch {torch.__version__}: before 2.9 the tangent is wrong under dropout')
         if isinstance(net, nn.Module): self.teacher.eval()
         self.w = nn.Linear(128, 1)
         self.register_buffer('freqs', 1e4 ** (-torch.arange(64) / 63), persistent=False)

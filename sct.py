@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "numpy", "pillow>=10.1", "scipy"]
+# dependencies = ["torch>=2.10", "numpy", "pillow>=10.1", "scipy"]
 # ///
 """
 sct.py  Stable consistency tuning (Wang et al. 2024, arXiv:2410.18958).

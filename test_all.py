@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "numpy", "pillow>=10.1", "scipy", "pytest"]
+# dependencies = ["torch>=2.10", "numpy", "pillow>=10.1", "scipy", "pytest"]
 # ///
 """
 Tests of all scripts: pytest test_all.py takes minutes on a laptop's CPU; pytest -k slow test_all.py, hours.
